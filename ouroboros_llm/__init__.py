@@ -1,0 +1,44 @@
+"""Local Hugging Face models, several times faster and not one token different."""
+
+from .errors import (
+    ContextLengthError,
+    MissingExtraError,
+    ModelDownloadError,
+    ModelError,
+    OptionError,
+    OuroborosError,
+    PromptError,
+    StoreError,
+    TokenizerMismatchError,
+    UnknownModelError,
+)
+from .options import DecodingOptions
+from .ouroboros import Ouroboros
+from .phrases import MemoryPool, Phrase, PhrasePool, PoolSource
+from .statistics import DecodingStatistics, GenerationResult, Piece, Usage
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ContextLengthError",
+    "DecodingOptions",
+    "DecodingStatistics",
+    "GenerationResult",
+    "MemoryPool",
+    "MissingExtraError",
+    "ModelDownloadError",
+    "ModelError",
+    "OptionError",
+    "Ouroboros",
+    "OuroborosError",
+    "Phrase",
+    "PhrasePool",
+    "Piece",
+    "PoolSource",
+    "PromptError",
+    "StoreError",
+    "TokenizerMismatchError",
+    "UnknownModelError",
+    "Usage",
+    "__version__",
+]

@@ -1,0 +1,63 @@
+"""The whole algorithm: rounds of draft, verify, accept."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+from .draft_tree import MAX_WIDTH, DraftTree
+from .drafting.base import Budget, Drafter, Round
+from .target.base import Branching, TargetModel
+from .verification import Chooser, accept
+
+
+class Decoder:
+    """Emits what the target model alone would emit, several tokens per pass where its drafter guesses well."""
+
+    def __init__(self, target: TargetModel, drafter: Drafter, *, width: int | None = None) -> None:
+        """`width`: nodes of every draft at most, root included; None: as many as pay by the target's own pass times."""
+        self.target, self.drafter, self.width = target, drafter, width
+
+    def rounds(
+        self, prompt: Sequence[int], sampler: Chooser, *, limit: int, end_token_ids: Collection[int] = ()
+    ) -> Iterator[Round]:
+        """Decode `prompt`; the first round is the prefill. Stops after `limit` tokens or at one of `end_token_ids`.
+
+        The generator may be abandoned at any point: the next call starts from what the target has committed.
+        """
+        context, left = list(prompt), limit
+        self.drafter.open(context)
+        draft, logits = DraftTree.root(context[-1]), self.target.prefill(context)
+        while True:
+            likeliest = logits.argmax(-1).tolist()
+            choose = sampler.chooser(logits, likeliest, context)
+            accepted = accept(draft, choose, limit=left, end_token_ids=end_token_ids)
+            self.target.keep(accepted.path)
+            context += accepted.token_ids
+            left -= len(accepted.token_ids)
+            round = Round(draft, accepted.token_ids, accepted.path, tuple(likeliest))
+            self.drafter.learn(round)
+            yield round
+            if not left or context[-1] in end_token_ids:
+                return
+            # A choice that was left open is decided by a pass over its token alone.
+            draft = self._draft(context, left) if accepted.token_ids else DraftTree.root(context[-1])
+            logits = self.target.verify(draft)
+
+    def _draft(self, context: Sequence[int], left: int) -> DraftTree:
+        width = MAX_WIDTH if self.width is None else self.width
+        budget = Budget(width, depth=left - 1, cost=self.target.cost if self.width is None else None)
+        if self.target.branching == "none" or min(width - 1, budget.depth) < 1:
+            return DraftTree.root(context[-1])
+        return fit(self.drafter.draft(context, budget), context[-1], budget, self.target.branching)
+
+
+def fit(draft: DraftTree, root_token_id: int, budget: Budget, branching: Branching) -> DraftTree:
+    """What of `draft` may be verified: whatever a drafter answers, no node goes past the text's end or the target's abilities."""
+    if draft.token_ids[0] != root_token_id:
+        raise ValueError(f"a draft must start from the last token, {root_token_id}, but its root is {draft.token_ids[0]}")
+    if branching == "chain" and not draft.is_chain:
+        draft = draft.main_chain()
+    if draft.width <= budget.width and max(draft.depths) <= budget.depth:
+        return draft
+    # Parents precede children, so what is cut never leaves an orphan.
+    return draft.subtree([node for node in range(min(draft.width, budget.width)) if draft.depths[node] <= budget.depth])

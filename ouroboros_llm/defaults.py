@@ -1,0 +1,81 @@
+"""What a caller who says nothing gets, and weights loaded once per process."""
+
+from __future__ import annotations
+
+import os
+import threading
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from platformdirs import user_data_path
+
+if TYPE_CHECKING:
+    from .ouroboros import Ouroboros
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+class _Unset(Enum):
+    STORE = "$OUROBOROS_STORE or phrases.db in the user's data folder"
+
+    def __repr__(self) -> str:
+        return f"<{self.value}>"
+
+
+DEFAULT_STORE: Final = _Unset.STORE
+"""Stands for the default database; None would mean that nothing is kept on disk."""
+
+
+def default_model() -> str:
+    """`$OUROBOROS_MODEL`, or the small model that answers in seconds on any machine."""
+    return os.environ.get("OUROBOROS_MODEL") or DEFAULT_MODEL
+
+
+def default_store() -> str:
+    """`$OUROBOROS_STORE`, or a SQLite file in the user's data folder."""
+    url = os.environ.get("OUROBOROS_STORE")
+    return url or f"sqlite:///{user_data_path('ouroboros-llm', appauthor=False) / 'phrases.db'}"
+
+
+_weights: dict[tuple[str, str, str], Any] = {}
+_shared: dict[tuple[object, ...], Ouroboros] = {}
+_lock = threading.RLock()
+
+
+def shared(
+    model: str | Path | None = None,
+    *,
+    draft_model: str | Path | None = None,
+    device: str = "auto",
+    dtype: Any = "auto",
+    store: Any = DEFAULT_STORE,
+    target: str = "auto",
+) -> Ouroboros:
+    """The process's `Ouroboros` for these arguments, loaded by the first call that asks for it.
+
+    Equal models share their weights whatever their stores; equal arguments share everything.
+    """
+    from .ouroboros import Ouroboros
+
+    name = str(model or default_model())
+    store = default_store() if store is DEFAULT_STORE else store
+    key = (name, str(draft_model), device, str(dtype), store if isinstance(store, (str, type(None))) else id(store), target)
+    with _lock:
+        if key not in _shared:
+            loaded = _load(name, device, dtype)
+            draft = _load(str(draft_model), device, dtype) if draft_model is not None else None
+            pair = (draft.model, draft.tokenizer) if draft is not None else None
+            ouroboros = Ouroboros(loaded.model, loaded.tokenizer, draft_model=pair, store=store, target=target)
+            ouroboros.name = name
+            _shared[key] = ouroboros
+        return _shared[key]
+
+
+def _load(name: str, device: str, dtype: Any) -> Any:
+    from . import models
+
+    key = (name, device, str(dtype))
+    if key not in _weights:
+        _weights[key] = models.load(name, device=device, dtype=dtype)
+    return _weights[key]

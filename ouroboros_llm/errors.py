@@ -1,0 +1,56 @@
+"""Everything this library raises on purpose.
+
+* OuroborosError
+  * OptionError (also ValueError): an option is out of range or contradicts another
+  * PromptError (also ValueError): a prompt that cannot be answered
+    * ContextLengthError: longer than the model's context
+  * ModelError
+    * UnknownModelError: no such registry name, folder or hub id
+    * ModelDownloadError: the weights cannot be had
+    * TokenizerMismatchError: draft and target models do not share a vocabulary
+  * StoreError: a phrase store cannot be used
+  * MissingExtraError (also ImportError): an optional dependency is not installed
+"""
+
+
+class OuroborosError(Exception):
+    """Base of every error below."""
+
+
+class OptionError(OuroborosError, ValueError):
+    """An option is out of range, of the wrong type, or contradicts another."""
+
+
+class PromptError(OuroborosError, ValueError):
+    """The prompt cannot be answered: empty, or of a type nothing can be made of."""
+
+
+class ContextLengthError(PromptError):
+    """The prompt leaves no room in the model's context."""
+
+
+class ModelError(OuroborosError):
+    """A model cannot be found, fetched or used."""
+
+
+class UnknownModelError(ModelError):
+    """The name is neither a registry name nor a folder nor a hub id that can be reached."""
+
+
+class ModelDownloadError(ModelError):
+    """The weights of a known model could not be fetched, or did not match their hash."""
+
+
+class TokenizerMismatchError(ModelError):
+    """Draft model and target model do not share a vocabulary, so drafts would be noise."""
+
+
+class StoreError(OuroborosError):
+    """A phrase store cannot be opened or used."""
+
+
+class MissingExtraError(OuroborosError, ImportError):
+    """An optional dependency is missing; the message names the command that installs it."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f'{package} is not installed; install it with: pip install "ouroboros-llm[{extra}]"')

@@ -1,0 +1,106 @@
+"""What a caller may ask of one generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import OptionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions:
+    """Options of one generation. Unset (None) follows the model's `generation_config`, but for temperature: unset is greedy.
+
+    Attributes:
+        max_new_tokens: Tokens to generate at most. Unset: `generation_config.max_new_tokens`, else 512, and never
+            past the model's context.
+        stop: Strings that end the text; they are not part of it. One string or several.
+        temperature: Divides the logits before sampling. None or 0 is greedy.
+        top_p: Nucleus sampling, in (0, 1].
+        top_k: Sample among the k likeliest tokens, at least 1. Unlike `model.generate`, which falls back to 50, unset means all
+            tokens unless the model's own `generation_config` sets it.
+        min_p: Drop tokens less likely than `min_p` times the likeliest, in [0, 1].
+        repetition_penalty: Divides positive logits of tokens seen in prompt or output (CTRL, arXiv 1909.05858), > 0.
+        presence_penalty: Subtracted from the logit of every token that the output already holds.
+        frequency_penalty: Subtracted once per occurrence in the output.
+        logit_bias: Token id to number added to its logit.
+        seed: Makes sampling reproducible: the same seed gives the same tokens, with drafts or without.
+        exact: Decide near-ties by a pass over one token, so that half precision chooses as plain decoding does.
+        max_draft_tokens: Guesses per round at most; 0 is plain decoding. Unset: as many as pay by measured pass times.
+    """
+
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    seed: int | None = None
+    exact: bool = False
+    max_draft_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", _strings("stop", self.stop))
+        _whole("max_new_tokens", self.max_new_tokens, 1)
+        _whole("top_k", self.top_k, 1)
+        _whole("seed", self.seed, 0)
+        _whole("max_draft_tokens", self.max_draft_tokens, 0)
+        _number("temperature", self.temperature, 0.0)
+        _number("top_p", self.top_p, 0.0, 1.0, above=True)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, above=True)
+        _number("presence_penalty", self.presence_penalty)
+        _number("frequency_penalty", self.frequency_penalty)
+        self._check_bias()
+        self._check_greedy()
+
+    @property
+    def greedy(self) -> bool:
+        return not self.temperature
+
+    def _check_bias(self) -> None:
+        for token_id, bias in (self.logit_bias or {}).items():
+            _whole("logit_bias key", token_id, 0)
+            _number(f"logit_bias[{token_id}]", bias)
+
+    def _check_greedy(self) -> None:
+        # temperature=0 beside sampling options is how clients ask for greedy; no temperature at all is an oversight.
+        for name in ("top_p", "top_k", "min_p"):
+            if self.temperature is None and getattr(self, name) is not None:
+                raise OptionError(
+                    f"{name}={getattr(self, name)!r} has no effect without a temperature (unset is greedy); "
+                    f"set temperature, or leave {name} out"
+                )
+
+
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else tuple(value or ())
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise OptionError(f"{name} must be non-empty strings, but got {string!r}")
+    return strings
+
+
+def _whole(name: str, value: Any, low: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise OptionError(f"{name} must be a whole number of at least {low}, but got {value!r}")
+
+
+def _number(
+    name: str, value: Any, low: float = float("-inf"), high: float = float("inf"), *, above: bool = False
+) -> None:
+    """Raise unless value is None or a finite number in [low, high]; with `above`, in (low, high]."""
+    if value is None:
+        return
+    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) != float("inf")
+    if not finite or not low <= value <= high or (above and value == low):
+        left, right = "(" if above or low == float("-inf") else "[", ")" if high == float("inf") else "]"
+        raise OptionError(f"{name} must be a number in {left}{low:g}, {high:g}{right}, but got {value!r}")

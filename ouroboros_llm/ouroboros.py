@@ -1,0 +1,231 @@
+"""The object that users hold: messages or text in, text out."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import ContextLengthError, OptionError, TokenizerMismatchError
+from .options import DecodingOptions
+from .phrases import PoolSource, check_scope
+from .session import Session, Sessions, Workspace
+from .sources import open_pool, open_source
+from .statistics import GenerationResult, Piece
+from .target.loaded import LoadedModel, load
+from .text import Prompt, encode, vocabulary_hash
+from .turn import Turn
+
+DEFAULT_SCOPE = "conversation:default"
+"""Where phrases go when no scope is named: one user's own. Never read once a scope is named."""
+
+DEFAULT_MAX_NEW_TOKENS = 512
+
+
+class Ouroboros:
+    """A local model that drafts phrases it has written before and verifies them in one pass.
+
+    Output is what the model alone would say, token for token. Calls may come from any thread: rounds of concurrent calls take turns.
+
+    Attributes:
+        model, tokenizer: what it wraps; the model's own `forward` and `generate` stay as they were.
+        store: where phrases are kept.
+        name: registry name, path or hub id of the model.
+        fingerprint: hash of the tokenizer's vocabulary; pools of another are never read.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        draft_model: Any = None,
+        store: Any = None,
+        target: str = "auto",
+    ) -> None:
+        """Wrap a model that you loaded yourself.
+
+        Args:
+            model: a causal language model, float32 or half precision, on any device.
+            draft_model: a smaller model of the same vocabulary: a registry name, path or hub id, a pair (model, tokenizer), or
+                a model whose tokenizer is known to be the same.
+            store: None keeps phrases in memory; a URL (`sqlite:///phrases.db`), a SQLAlchemy engine or a `PhraseStore` keeps them.
+            target: "auto" or "eager", the library's own forward.
+
+        Raises:
+            ModelError: not a causal language model. TokenizerMismatchError: draft and target vocabularies differ.
+        """
+        if target not in ("auto", "eager"):
+            raise OptionError(f"target must be 'auto' or 'eager', but got {target!r}")
+        self.model, self.tokenizer = model, tokenizer
+        self.name = str(model.config._name_or_path or type(model).__name__)
+        self.fingerprint = vocabulary_hash(tokenizer)
+        self._loaded = load(model)
+        self._draft = self._load_draft(draft_model) if draft_model is not None else None
+        self._owns_store = not isinstance(store, PoolSource)
+        self.store: PoolSource = open_source(store)
+        self._sessions = Sessions()
+        if self._loaded.probe.branching == "none":
+            warnings.warn(
+                f"{self.name} keeps states that cannot be rewound, or takes no mask of a draft; it decodes without drafts",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        draft_model: Any = None,
+        device: str = "auto",
+        dtype: Any = "auto",
+        store: Any = None,
+        target: str = "auto",
+    ) -> Ouroboros:
+        """Load a model by registry name, local path or hub id. See `Ouroboros` and `models.load` for the arguments."""
+        from . import models
+
+        loaded = models.load(name, device=device, dtype=dtype)
+        ouroboros = cls(loaded.model, loaded.tokenizer, draft_model=draft_model, store=store, target=target)
+        ouroboros.name = loaded.name
+        return ouroboros
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of prompt and output together at most; None where the model names no limit."""
+        length = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return int(length) if length else None
+
+    def encode(self, prompt: Prompt, *, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        """Token ids of a prompt: text as it is, messages through the chat template. Raises PromptError."""
+        return encode(self.tokenizer, prompt, tools)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        scope: str | None = None,
+        read_scopes: Sequence[str] = (),
+        options: DecodingOptions | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> GenerationResult:
+        """Answer a prompt. See `stream` for the arguments and errors."""
+        pieces = self.stream(prompt, scope=scope, read_scopes=read_scopes, options=options, tools=tools)
+        *_, last = pieces
+        assert last.result is not None  # the last piece always carries it
+        return last.result
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        scope: str | None = None,
+        read_scopes: Sequence[str] = (),
+        options: DecodingOptions | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Iterator[Piece]:
+        """Answer a prompt in pieces; their texts together are `generate(...).text`, and the last piece carries the result.
+
+        Args:
+            prompt: text (taken as it is), chat messages (through the chat template) or token ids.
+            scope: whose phrases to use and to add to; None: `conversation:default`.
+            read_scopes: further scopes to read, in order. Nothing else is ever read.
+            options: sampling, lengths and stop strings; None: greedy.
+            tools: function schemas for the chat template.
+
+        Raises:
+            PromptError, ContextLengthError, OptionError: before anything is decoded.
+        """
+        options = options or DecodingOptions()
+        prompt_ids = self.encode(prompt, tools=tools)
+        limit = self._limit(len(prompt_ids), options)
+        session = self._sessions.open(check_scope(scope or DEFAULT_SCOPE))
+        return self._stream(prompt_ids, limit, session, [check_scope(name) for name in read_scopes], options)
+
+    def flush(self) -> None:
+        """Make all phrases durable."""
+        self.store.flush()
+
+    def close(self) -> None:
+        """Flush, close a store that was opened from a URL, and free kept keys and values. Idempotent."""
+        self.store.flush()
+        if self._owns_store:
+            self.store.close()
+        self._sessions.clear()
+
+    def __enter__(self) -> Ouroboros:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _stream(
+        self, prompt_ids: list[int], limit: int, session: Session, read_scopes: list[str], options: DecodingOptions
+    ) -> Iterator[Piece]:
+        workspace = self._sessions.take(session) or Workspace(
+            self._loaded.start(), self._draft.start() if self._draft else None
+        )
+        try:
+            turn = Turn(
+                self._loaded,
+                self.tokenizer,
+                session,
+                workspace,
+                write=open_pool(self.store, session.scope, self.fingerprint),
+                read=[open_pool(self.store, scope, self.fingerprint) for scope in read_scopes],
+                prompt_ids=prompt_ids,
+                limit=limit,
+                options=options,
+            )
+            yield from turn.pieces()
+        finally:
+            self._sessions.give_back(session, workspace)
+            self.store.flush()
+
+    def _limit(self, prompt_length: int, options: DecodingOptions) -> int:
+        """Tokens to generate at most: what was asked for, as far as the context reaches."""
+        room = (self.context_length or sys.maxsize) - prompt_length
+        if room < 1:
+            raise ContextLengthError(
+                f"prompt has {prompt_length} tokens, but the context of {self.name} holds {self.context_length}, "
+                "output included; shorten the prompt"
+            )
+        wanted = options.max_new_tokens or self.model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+        return int(min(wanted, room))
+
+    def _load_draft(self, draft_model: Any) -> LoadedModel:
+        model, tokenizer = _draft_pair(draft_model, self.model)
+        if tokenizer is not None and (other := vocabulary_hash(tokenizer)) != self.fingerprint:
+            raise TokenizerMismatchError(
+                f"draft_model must share the target's vocabulary ({self.name}: {self.fingerprint[:12]}, "
+                f"{len(self.tokenizer)} tokens), but {model.config._name_or_path or type(model).__name__} has "
+                f"{other[:12]}, {len(tokenizer)} tokens; choose a smaller model of the same family"
+            )
+        if model.get_input_embeddings().num_embeddings < len(self.tokenizer):
+            raise TokenizerMismatchError(
+                f"draft_model must embed all {len(self.tokenizer)} tokens of the target's tokenizer, "
+                f"but it has {model.get_input_embeddings().num_embeddings}; choose a smaller model of the same family"
+            )
+        return load(model)
+
+
+def _draft_pair(draft_model: Any, model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The draft model, and its tokenizer where there is one to compare."""
+    if isinstance(draft_model, (str, Path)):
+        from . import models
+
+        loaded = models.load(draft_model, device=str(model.device), dtype=model.dtype)
+        return loaded.model, loaded.tokenizer
+    if isinstance(draft_model, tuple) and len(draft_model) == 2:
+        return draft_model
+    if isinstance(draft_model, PreTrainedModel):
+        return draft_model, None
+    raise OptionError(
+        "draft_model must be a registry name, a path, a hub id, a model or a pair (model, tokenizer), "
+        f"but got {type(draft_model).__name__}"
+    )

@@ -1,0 +1,149 @@
+"""From logits to the target's choice."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
+
+from .options import DecodingOptions
+from .verification import Choose
+
+Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""The library's logits processors: (text [1, length], scores [1, vocabulary]) -> scores."""
+
+
+class Sampler:
+    """The target's choice after any prefix: greedy, or one sample from the processed distribution.
+
+    A sample takes the same random numbers as `torch.multinomial` in the library's own loop, one draw per emitted token. So a
+    seed gives the same tokens with drafts or without, and the same as `model.generate` after `torch.manual_seed`.
+    """
+
+    def __init__(
+        self,
+        processors: Sequence[Process] = (),
+        *,
+        generator: torch.Generator | None = None,
+        sample: bool = False,
+        margin: float = 0.0,
+    ) -> None:
+        """`margin`: choices between scores closer than this are left to a pass over one token; 0 decides all at once."""
+        self._processors, self._generator, self._sample, self._margin = tuple(processors), generator, sample, margin
+
+    def chooser(self, logits: torch.Tensor, likeliest: Sequence[int], context: Sequence[int]) -> Choose:
+        plain = not (self._processors or self._sample)
+        wary = self._margin > 0 and len(logits) > 1
+
+        def choose(node: int, emitted: list[int]) -> int | None:
+            if plain and not wary:
+                return likeliest[node]
+            scores = self._scores(logits[node : node + 1], [*context, *emitted])
+            return self._choose(scores, self._margin if wary else 0.0)
+
+        return choose
+
+    def _scores(self, row: torch.Tensor, text: list[int]) -> torch.Tensor:
+        scores = row.to(torch.float32, copy=True)
+        if self._processors:
+            ids = torch.tensor([text], device=row.device)
+            for process in self._processors:
+                scores = process(ids, scores)
+        return scores
+
+    def _choose(self, scores: torch.Tensor, margin: float) -> int | None:
+        if self._sample:
+            return self._draw(scores, margin)
+        if margin and _lead(scores) <= margin:
+            return None
+        return int(scores.argmax())
+
+    def _draw(self, scores: torch.Tensor, margin: float) -> int | None:
+        state = self._generator.get_state() if margin and self._generator else None
+        probabilities = scores.softmax(-1)
+        noise = torch.empty_like(probabilities).exponential_(1, generator=self._generator)
+        races = probabilities / noise
+        if state is not None and self._generator is not None and _lead(races.log()) <= margin:
+            self._generator.set_state(state)
+            return None
+        return int(races.argmax())
+
+
+def _lead(scores: torch.Tensor) -> float:
+    """How far the best score is ahead of the second."""
+    best = scores[0].topk(2).values
+    return float(best[0] - best[1])
+
+
+class LogitBias(LogitsProcessor):  # type: ignore[misc]  # the library's base class is not typed
+    """Adds a number to the logits of given tokens."""
+
+    def __init__(self, biases: Mapping[int, float]) -> None:
+        self._biases = dict(biases)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        known = [token_id for token_id in self._biases if token_id < scores.shape[-1]]
+        scores[:, known] += torch.tensor([self._biases[token_id] for token_id in known], device=scores.device)
+        return scores
+
+
+class OutputPenalty(LogitsProcessor):  # type: ignore[misc]
+    """Presence and frequency penalties as the OpenAI interface defines them: on tokens of the output, not of the prompt."""
+
+    def __init__(self, presence: float, frequency: float, prompt_length: int) -> None:
+        self._presence, self._frequency, self._prompt_length = presence, frequency, prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        counts = Counter(input_ids[0, self._prompt_length :].tolist())
+        penalties = [self._presence + self._frequency * count for count in counts.values()]
+        scores[:, list(counts)] -= torch.tensor(penalties, device=scores.device)
+        return scores
+
+
+def sampler_for(model: PreTrainedModel, options: DecodingOptions, prompt_length: int, limit: int, margin: float) -> Sampler:
+    """The sampler that `options` ask for; what they leave unset follows `model.generation_config`.
+
+    Args:
+        prompt_length, limit: tokens of the prompt, and tokens to generate at most.
+        margin: what `exact=True` takes for a near-tie.
+    """
+    config = _generation_config(model, options, prompt_length + limit)
+    # The library's own list, in its own order: what the model's configuration asks for is done as `generate` does it.
+    processors: Any = model._get_logits_processor(
+        config,
+        input_ids_seq_length=prompt_length,
+        logits_processor=_own_processors(options, prompt_length),
+        device=model.device,
+    )
+    generator = None
+    if not options.greedy and options.seed is not None:
+        generator = torch.Generator(model.device).manual_seed(options.seed)
+    elif not options.greedy and options.exact:
+        generator = torch.Generator(model.device)
+        generator.seed()
+    return Sampler(processors, generator=generator, sample=not options.greedy, margin=margin if options.exact else 0.0)
+
+
+def _own_processors(options: DecodingOptions, prompt_length: int) -> list[LogitsProcessor]:
+    processors: list[LogitsProcessor] = []
+    if options.logit_bias:
+        processors.append(LogitBias(options.logit_bias))
+    if options.presence_penalty or options.frequency_penalty:
+        penalties = options.presence_penalty or 0.0, options.frequency_penalty or 0.0
+        processors.append(OutputPenalty(*penalties, prompt_length))
+    return processors
+
+
+def _generation_config(model: PreTrainedModel, options: DecodingOptions, max_length: int) -> GenerationConfig:
+    config = copy.deepcopy(model.generation_config)
+    config.do_sample = not options.greedy
+    config.max_length = max_length
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        if getattr(options, name) is not None:
+            setattr(config, name, getattr(options, name))
+    model._prepare_special_tokens(config, device=model.device)
+    return config

@@ -1,0 +1,75 @@
+"""What one scope has learned and read: its calibrations, and keys and values to go on from."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from .drafting.calibration import Calibration
+from .target.base import TargetModel
+from .target.eager import EagerTarget
+
+KV_BYTES = 1 << 30
+"""Keys and values kept between turns, all sessions together."""
+
+
+@dataclass(eq=False)
+class Workspace:
+    """Targets that hold the text of one turn; used by one turn at a time."""
+
+    target: TargetModel
+    draft_target: TargetModel | None = None
+
+    @property
+    def nbytes(self) -> int:
+        targets = (self.target, self.draft_target)
+        return sum(target.cache.nbytes for target in targets if isinstance(target, EagerTarget))
+
+
+@dataclass(eq=False)
+class Session:
+    """The state of one scope in this process. Nothing of it is seen from another scope."""
+
+    scope: str
+    phrase_calibration: Calibration = field(default_factory=Calibration)
+    draft_calibration: Calibration = field(default_factory=Calibration)
+    draft_phrase_calibration: Calibration = field(default_factory=Calibration)
+    idle: Workspace | None = None
+    """What the last turn left; the next one reuses the prefix that their texts share."""
+
+
+class Sessions:
+    """Sessions by scope, bounded in number and in bytes, least recently used first."""
+
+    def __init__(self, capacity: int = 256, kv_bytes: int = KV_BYTES) -> None:
+        self._capacity, self._kv_bytes = capacity, kv_bytes
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def open(self, scope: str) -> Session:
+        with self._lock:
+            session = self._sessions.setdefault(scope, Session(scope))
+            self._sessions.move_to_end(scope)
+            while len(self._sessions) > self._capacity:
+                self._sessions.popitem(last=False)
+            return session
+
+    def take(self, session: Session) -> Workspace | None:
+        """The workspace of the scope's last turn, if no other turn has it."""
+        with self._lock:
+            workspace, session.idle = session.idle, None
+            return workspace
+
+    def give_back(self, session: Session, workspace: Workspace) -> None:
+        """Keep a turn's workspace for the next turn of its scope, as far as memory allows."""
+        with self._lock:
+            session.idle = workspace
+            size = 0
+            for other in reversed(self._sessions.values()):
+                size += other.idle.nbytes if other.idle else 0
+                if size > self._kv_bytes:
+                    other.idle = None
+
+    def clear(self) -> None:
+        self._sessions.clear()

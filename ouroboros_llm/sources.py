@@ -1,0 +1,45 @@
+"""From what the caller gave as `store=` to something that opens pools."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.metadata import entry_points
+from typing import Any
+
+from .errors import StoreError
+from .phrases import MemorySource, PhrasePool, PoolSource
+
+ENTRY_POINTS = "ouroboros_llm.stores"
+"""Entry points of this group are classes that take a URL or an engine and return a `PoolSource`."""
+
+
+def open_source(store: Any) -> PoolSource:
+    """The pools behind `store`: None is memory, a `PoolSource` is itself, a URL or an engine is opened.
+
+    A store that cannot be opened costs speed, never an answer: one warning, and memory takes its place.
+    """
+    if store is None:
+        return MemorySource()
+    if isinstance(store, PoolSource):
+        return store
+    try:
+        return _store_class()(store)
+    except StoreError as error:
+        warnings.warn(f"{error}; phrases stay in memory and are forgotten at exit", RuntimeWarning, stacklevel=3)
+        return MemorySource()
+
+
+def open_pool(source: PoolSource, scope: str, fingerprint: str) -> PhrasePool:
+    """The pool of `scope`, or an empty one with a warning where the store fails."""
+    try:
+        return source.open(scope, fingerprint=fingerprint)
+    except StoreError as error:
+        warnings.warn(f"{error}; {scope} starts without its phrases", RuntimeWarning, stacklevel=3)
+        return MemorySource().open(scope, fingerprint=fingerprint)
+
+
+def _store_class() -> Any:
+    found = list(entry_points(group=ENTRY_POINTS))
+    if not found:
+        raise StoreError(f"store needs a package with an entry point in {ENTRY_POINTS!r}; install ouroboros-llm whole")
+    return found[0].load()

@@ -1,0 +1,67 @@
+"""Which committed tokens and which nodes of a draft every node may see, for each kind of attention layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..draft_tree import DraftTree
+
+_Sees = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(positions of queries [.., 1], positions of keys [1, ..]) -> whether the layer lets one see the other."""
+
+
+def tree_masks(
+    draft: DraftTree, length: int, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """The attention mask of a pass over `draft` behind `length` committed tokens.
+
+    [1, 1, width, length + width] for models whose layers are alike, else one such mask per layer type. Boolean for scaled dot
+    product attention; for the library's eager attention, which adds its mask to the scores, a float one.
+    """
+    kinds = _layer_kinds(config)
+    positions = torch.tensor(draft.depths, device=device) + length
+    keys = torch.cat([torch.arange(length, device=device), positions])
+    lineage = torch.ones(draft.width, length + draft.width, dtype=torch.bool, device=device)
+    lineage[:, length:] = torch.from_numpy(draft.ancestor_mask).to(device)
+    additive = _attention_of(config) == "eager"
+
+    def mask(sees: _Sees) -> torch.Tensor:
+        seen = (lineage & sees(positions[:, None], keys[None, :]))[None, None]
+        if not additive:
+            return seen
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+    masks = {kind: mask(sees) for kind, sees in kinds.items()}
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def takes_masks(config: PreTrainedConfig) -> bool:
+    """Whether the attention implementation takes a mask of this shape at all: flash and flex attention do not."""
+    return _attention_of(config) in ("sdpa", "eager")
+
+
+def _attention_of(config: PreTrainedConfig) -> str:
+    return str(getattr(config, "_attn_implementation", None) or "eager")
+
+
+def _layer_kinds(config: Any) -> dict[str, _Sees]:
+    """Per layer type of the model, what its layers see of the text before them."""
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    sees: dict[str, _Sees] = {"full_attention": lambda query, key: key <= query}
+    if window:
+        sees["sliding_attention"] = lambda query, key: (key <= query) & (query - key < window)
+    if chunk:
+        sees["chunked_attention"] = lambda query, key: (key <= query) & (query // chunk == key // chunk)
+    kinds = set(getattr(config, "layer_types", None) or _only_kind(config))
+    return {kind: sees.get(kind, sees["full_attention"]) for kind in sorted(kinds)}
+
+
+def _only_kind(config: Any) -> tuple[str]:
+    """The layer type of models that do not list them: Mistral slides as soon as it has a window."""
+    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    chunks = getattr(config, "attention_chunk_size", None)
+    return ("sliding_attention",) if slides else ("chunked_attention",) if chunks else ("full_attention",)

@@ -1,0 +1,95 @@
+"""Finds out, by running it, what drafts a model verifies correctly."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..draft_tree import DraftTree
+from .base import Branching
+from .eager import EagerTarget
+from .masks import takes_masks
+
+_TEXT = (5, 9, 2, 7, 3, 9, 4, 8)
+_TREE = DraftTree((6, 3, 8, 9, 4, 2), (-1, 0, 0, 1, 2, 3), (1.0,) * 6, ("",) * 6, (None,) * 6)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a model can verify, and how much its logits depend on the shape of a pass."""
+
+    branching: Branching
+    margin: float
+    """Two logits closer than this may change places between a wide pass and a pass over one token."""
+
+
+def probe(model: PreTrainedModel) -> Probe:
+    """Compare a pass over a small draft, committed tokens behind it, with passes over one token each.
+
+    Args:
+        model: any causal language model of the library. A few passes over at most eight tokens are run.
+    """
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        return Probe("none", 0.0)
+    if not EagerTarget(model, "none").cache.can_drop and not _drops_after_use(model):
+        return Probe("none", 0.0)
+    kinds: tuple[Branching, ...] = ("tree", "chain") if _takes_trees(model) else ("chain",)
+    for branching in kinds:
+        error, scale = _error(model, _TREE if branching == "tree" else _TREE.main_chain(), branching)
+        # A wrong mask or state is off by the size of the logits themselves; rounding by its precision.
+        if error <= scale * (1e-3 if model.dtype in (torch.float32, torch.float64) else 1e-1):
+            return Probe(branching, 4 * error)
+    return Probe("none", 0.0)
+
+
+def _takes_trees(model: PreTrainedModel) -> bool:
+    return EagerTarget(model, "tree").cache.can_rewind and takes_masks(model.config.get_text_config(decoder=True))
+
+
+def _drops_after_use(model: PreTrainedModel) -> bool:
+    """Whether states that only a first pass brings into being can drop tokens."""
+    target = EagerTarget(model, "none")
+    target.prefill(_tokens(model, _TEXT))
+    return target.cache.can_drop
+
+
+def _error(model: PreTrainedModel, draft: DraftTree, branching: Branching) -> tuple[float, float]:
+    """The largest difference that drafting makes to a logit, and the size of the largest logit; infinite where a pass fails."""
+    draft = replace(draft, token_ids=tuple(_tokens(model, draft.token_ids)))
+    leaf = draft.width - 1
+    path = draft.path_to(leaf)
+    try:
+        drafted = _read(model, branching)
+        wide = drafted.verify(draft)[list(path)]
+        # Committing a part of the path and stepping on shows whether what was dropped is really gone.
+        drafted.keep(path[:2])
+        after = drafted.verify(DraftTree.root(draft.token_ids[path[2]]))
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError):
+        return float("inf"), 0.0
+    plain = torch.cat(_step_by_step(model, [draft.token_ids[node] for node in path]))
+    error = torch.maximum((wide - plain).abs().max(), (after - plain[2]).abs().max())
+    return float(error.nan_to_num(float("inf"))), float(plain.abs().max())
+
+
+def _step_by_step(model: PreTrainedModel, token_ids: list[int]) -> list[torch.Tensor]:
+    target = _read(model, "none")
+    logits = []
+    for token_id in token_ids:
+        logits.append(target.verify(DraftTree.root(token_id)))
+        target.keep((0,))
+    return logits
+
+
+def _read(model: PreTrainedModel, branching: Branching) -> EagerTarget:
+    target = EagerTarget(model, branching)
+    target.prefill(_tokens(model, _TEXT))
+    target.keep((0,))
+    return target
+
+
+def _tokens(model: Any, token_ids: tuple[int, ...]) -> list[int]:
+    return [token_id % model.get_input_embeddings().num_embeddings for token_id in token_ids]

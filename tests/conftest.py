@@ -1,0 +1,120 @@
+"""Tiny random models, so that most tests need no weights; their outputs repeat, so that drafts are accepted too."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3NextConfig,
+)
+
+from ouroboros_llm import Ouroboros
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
+_SIZES = dict(
+    vocab_size=len(SPECIAL_TOKENS) + 256,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    # Large weights make a random model decided: no near-ties that rounding could turn.
+    initializer_range=0.3,
+)
+_LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+ARCHITECTURES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**_SIZES),
+    "qwen3": lambda: Qwen3Config(**_SIZES),
+    "gpt_neox": lambda: GPTNeoXConfig(**_SIZES),
+    "gpt2": lambda: GPT2Config(**_SIZES, n_embd=32, n_layer=2, n_head=4, n_positions=512),
+    "mistral_sliding": lambda: MistralConfig(**_SIZES, sliding_window=12),
+    "gemma3_mixed": lambda: Gemma3TextConfig(
+        **_SIZES, sliding_window=12, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "bloom_chains": lambda: BloomConfig(**_SIZES),
+    "lfm2_chains": lambda: Lfm2Config(**_SIZES, layer_types=["conv", "full_attention"]),
+    "mamba_plain": lambda: MambaConfig(**_SIZES, state_size=8),
+    "qwen3_next_plain": lambda: Qwen3NextConfig(
+        **_SIZES,
+        **_LINEAR,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+}
+
+
+@functools.cache
+def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
+    """A random float32 model of two layers; the same object for the same arguments."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(ARCHITECTURES[architecture]()).eval()
+
+
+@functools.cache
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte: the ids of text can be read off, and characters of several bytes are split between tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=SPECIAL_TOKENS[3:],
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def plain(model: PreTrainedModel, prompt_ids: list[int], max_new_tokens: int, **options: Any) -> list[int]:
+    """The oracle: what the model's own `generate` says."""
+    ids = torch.tensor([prompt_ids])
+    options.setdefault("do_sample", False)
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=0, **options
+    )
+    return output[0, len(prompt_ids) :].tolist()
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def tiny_ouroboros() -> Iterator[Ouroboros]:
+    """An `Ouroboros` over a tiny Llama that keeps phrases in memory."""
+    with Ouroboros(tiny_model(), byte_tokenizer()) as ouroboros:
+        yield ouroboros
