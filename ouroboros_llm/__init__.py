@@ -12,6 +12,7 @@ from .errors import (
     TokenizerMismatchError,
     UnknownModelError,
 )
+from .generation import custom_generate
 from .options import DecodingOptions
 from .ouroboros import Ouroboros
 from .phrases import MemoryPool, Phrase, PhrasePool, PoolSource
@@ -41,4 +42,5 @@ __all__ = [
     "UnknownModelError",
     "Usage",
     "__version__",
+    "custom_generate",
 ]

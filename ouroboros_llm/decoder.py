@@ -52,9 +52,9 @@ class Decoder:
 
 
 def fit(draft: DraftTree, root_token_id: int, budget: Budget, branching: Branching) -> DraftTree:
-    """What of `draft` may be verified: whatever a drafter answers, no node goes past the text's end or the target's abilities."""
+    """What of `draft` may be verified: no node past the end of the text, nothing the target cannot take."""
     if draft.token_ids[0] != root_token_id:
-        raise ValueError(f"a draft must start from the last token, {root_token_id}, but its root is {draft.token_ids[0]}")
+        raise ValueError(f"draft must start from the last token, {root_token_id}, but its root is {draft.token_ids[0]}")
     if branching == "chain" and not draft.is_chain:
         draft = draft.main_chain()
     if draft.width <= budget.width and max(draft.depths) <= budget.depth:

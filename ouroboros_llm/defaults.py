@@ -60,7 +60,14 @@ def shared(
 
     name = str(model or default_model())
     store = default_store() if store is DEFAULT_STORE else store
-    key = (name, str(draft_model), device, str(dtype), store if isinstance(store, (str, type(None))) else id(store), target)
+    key = (
+        name,
+        str(draft_model),
+        device,
+        str(dtype),
+        store if isinstance(store, (str, type(None))) else id(store),
+        target,
+    )
     with _lock:
         if key not in _shared:
             loaded = _load(name, device, dtype)

@@ -28,7 +28,7 @@ class DraftTree:
     sources: tuple[str, ...] = ("",)
     """Per node: who guessed it; the root's is empty."""
     evidence: tuple[Hashable, ...] = (None,)
-    """Per node: what its chance was estimated from. Opaque to all but the source, which learns from what became of it."""
+    """Per node: what its chance was estimated from. Opaque to all but its source, which learns what became of it."""
 
     @classmethod
     def root(cls, token_id: int) -> DraftTree:

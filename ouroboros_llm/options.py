@@ -11,7 +11,7 @@ from .errors import OptionError
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions:
-    """Options of one generation. Unset (None) follows the model's `generation_config`, but for temperature: unset is greedy.
+    """Options of one generation. Unset (None) follows the model's `generation_config`; temperature unset is greedy.
 
     Attributes:
         max_new_tokens: Tokens to generate at most. Unset: `generation_config.max_new_tokens`, else 512, and never
@@ -19,8 +19,8 @@ class DecodingOptions:
         stop: Strings that end the text; they are not part of it. One string or several.
         temperature: Divides the logits before sampling. None or 0 is greedy.
         top_p: Nucleus sampling, in (0, 1].
-        top_k: Sample among the k likeliest tokens, at least 1. Unlike `model.generate`, which falls back to 50, unset means all
-            tokens unless the model's own `generation_config` sets it.
+        top_k: Sample among the k likeliest tokens, at least 1. Unlike `model.generate`, which falls back to 50, unset
+            means all tokens unless the model's own `generation_config` sets it.
         min_p: Drop tokens less likely than `min_p` times the likeliest, in [0, 1].
         repetition_penalty: Divides positive logits of tokens seen in prompt or output (CTRL, arXiv 1909.05858), > 0.
         presence_penalty: Subtracted from the logit of every token that the output already holds.

@@ -16,6 +16,7 @@ from .phrases import PoolSource, check_scope
 from .session import Session, Sessions, Workspace
 from .sources import open_pool, open_source
 from .statistics import GenerationResult, Piece
+from .target.eager import vocabulary_size
 from .target.loaded import LoadedModel, load
 from .text import Prompt, encode, vocabulary_hash
 from .turn import Turn
@@ -29,7 +30,8 @@ DEFAULT_MAX_NEW_TOKENS = 512
 class Ouroboros:
     """A local model that drafts phrases it has written before and verifies them in one pass.
 
-    Output is what the model alone would say, token for token. Calls may come from any thread: rounds of concurrent calls take turns.
+    Output is what the model alone would say, token for token. Calls may come from any thread: rounds of concurrent
+    calls take turns.
 
     Attributes:
         model, tokenizer: what it wraps; the model's own `forward` and `generate` stay as they were.
@@ -51,9 +53,10 @@ class Ouroboros:
 
         Args:
             model: a causal language model, float32 or half precision, on any device.
-            draft_model: a smaller model of the same vocabulary: a registry name, path or hub id, a pair (model, tokenizer), or
-                a model whose tokenizer is known to be the same.
-            store: None keeps phrases in memory; a URL (`sqlite:///phrases.db`), a SQLAlchemy engine or a `PhraseStore` keeps them.
+            draft_model: a smaller model of the same vocabulary: a registry name, path or hub id, a pair
+                (model, tokenizer), or a model whose tokenizer is known to be the same.
+            store: None keeps phrases in memory; a URL (`sqlite:///phrases.db`), a SQLAlchemy engine or a `PhraseStore`
+                keeps them for later processes.
             target: "auto" or "eager", the library's own forward.
 
         Raises:
@@ -71,7 +74,7 @@ class Ouroboros:
         self._sessions = Sessions()
         if self._loaded.probe.branching == "none":
             warnings.warn(
-                f"{self.name} keeps states that cannot be rewound, or takes no mask of a draft; it decodes without drafts",
+                f"{self.name} keeps states that cannot be rewound, so it decodes without drafts, one token a pass",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -129,7 +132,7 @@ class Ouroboros:
         options: DecodingOptions | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Iterator[Piece]:
-        """Answer a prompt in pieces; their texts together are `generate(...).text`, and the last piece carries the result.
+        """Answer a prompt in pieces: together their texts are `generate(...).text`; the last carries the result.
 
         Args:
             prompt: text (taken as it is), chat messages (through the chat template) or token ids.
@@ -206,10 +209,10 @@ class Ouroboros:
                 f"{len(self.tokenizer)} tokens), but {model.config._name_or_path or type(model).__name__} has "
                 f"{other[:12]}, {len(tokenizer)} tokens; choose a smaller model of the same family"
             )
-        if model.get_input_embeddings().num_embeddings < len(self.tokenizer):
+        if vocabulary_size(model) < len(self.tokenizer):
             raise TokenizerMismatchError(
                 f"draft_model must embed all {len(self.tokenizer)} tokens of the target's tokenizer, "
-                f"but it has {model.get_input_embeddings().num_embeddings}; choose a smaller model of the same family"
+                f"but it has {vocabulary_size(model)}; choose a smaller model of the same family"
             )
         return load(model)
 

@@ -27,10 +27,11 @@ MATCH_LIMIT = 16
 
 
 def check_scope(scope: object, name: str = "scope") -> str:
-    """`scope` itself where it is a name; raises OptionError where it is not. Names are data: nothing in them has a meaning."""
+    """`scope` itself where it is a name; raises OptionError where it is not. Nothing in a name has a meaning."""
     if not isinstance(scope, str) or not scope or len(scope) > MAX_SCOPE_LENGTH or not scope.isprintable():
         raise OptionError(
-            f"{name} must be 1 to {MAX_SCOPE_LENGTH} printable characters, for example 'conversation:42', but got {scope!r:.80}"
+            f"{name} must be 1 to {MAX_SCOPE_LENGTH} printable characters, for example 'conversation:42', "
+            f"but got {scope!r:.80}"
         )
     return scope
 
@@ -172,7 +173,8 @@ class MemoryPool:
     def _evict(self) -> None:
         if self.stats.tokens <= self.capacity:
             return
-        kept, size = [], 0
+        kept: list[tuple[tuple[int, ...], int]] = []
+        size = 0
         for run, number in sorted(self._numbers.items(), key=lambda item: -item[1]):
             # A quarter of slack, so that the index is rebuilt once per quarter of the capacity, not per run.
             if kept and size + len(run) > self.capacity * 3 // 4:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor
 
 from .options import DecodingOptions
 from .verification import Choose
@@ -20,8 +20,8 @@ Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Sampler:
     """The target's choice after any prefix: greedy, or one sample from the processed distribution.
 
-    A sample takes the same random numbers as `torch.multinomial` in the library's own loop, one draw per emitted token. So a
-    seed gives the same tokens with drafts or without, and the same as `model.generate` after `torch.manual_seed`.
+    A sample takes the same random numbers as `torch.multinomial` in the library's own loop, one draw per emitted token.
+    So a seed gives the same tokens with drafts or without, and the same as `model.generate` after `torch.manual_seed`.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Sampler:
         sample: bool = False,
         margin: float = 0.0,
     ) -> None:
-        """`margin`: choices between scores closer than this are left to a pass over one token; 0 decides all at once."""
+        """`margin`: scores closer than this are left to a pass over one token to decide; 0 decides all at once."""
         self._processors, self._generator, self._sample, self._margin = tuple(processors), generator, sample, margin
 
     def chooser(self, logits: torch.Tensor, likeliest: Sequence[int], context: Sequence[int]) -> Choose:
@@ -79,7 +79,7 @@ def _lead(scores: torch.Tensor) -> float:
     return float(best[0] - best[1])
 
 
-class LogitBias(LogitsProcessor):  # type: ignore[misc]  # the library's base class is not typed
+class LogitBias(LogitsProcessor):
     """Adds a number to the logits of given tokens."""
 
     def __init__(self, biases: Mapping[int, float]) -> None:
@@ -91,8 +91,8 @@ class LogitBias(LogitsProcessor):  # type: ignore[misc]  # the library's base cl
         return scores
 
 
-class OutputPenalty(LogitsProcessor):  # type: ignore[misc]
-    """Presence and frequency penalties as the OpenAI interface defines them: on tokens of the output, not of the prompt."""
+class OutputPenalty(LogitsProcessor):
+    """Presence and frequency penalties as the OpenAI interface defines them: for tokens of the output alone."""
 
     def __init__(self, presence: float, frequency: float, prompt_length: int) -> None:
         self._presence, self._frequency, self._prompt_length = presence, frequency, prompt_length
@@ -104,7 +104,7 @@ class OutputPenalty(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-def sampler_for(model: PreTrainedModel, options: DecodingOptions, prompt_length: int, limit: int, margin: float) -> Sampler:
+def sampler_for(model: Any, options: DecodingOptions, prompt_length: int, limit: int, margin: float) -> Sampler:
     """The sampler that `options` ask for; what they leave unset follows `model.generation_config`.
 
     Args:
@@ -138,8 +138,8 @@ def _own_processors(options: DecodingOptions, prompt_length: int) -> list[Logits
     return processors
 
 
-def _generation_config(model: PreTrainedModel, options: DecodingOptions, max_length: int) -> GenerationConfig:
-    config = copy.deepcopy(model.generation_config)
+def _generation_config(model: Any, options: DecodingOptions, max_length: int) -> GenerationConfig:
+    config: GenerationConfig = copy.deepcopy(model.generation_config)
     config.do_sample = not options.greedy
     config.max_length = max_length
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):

@@ -23,7 +23,8 @@ def open_source(store: Any) -> PoolSource:
     if isinstance(store, PoolSource):
         return store
     try:
-        return _store_class()(store)
+        source: PoolSource = _store_class()(store)
+        return source
     except StoreError as error:
         warnings.warn(f"{error}; phrases stay in memory and are forgotten at exit", RuntimeWarning, stacklevel=3)
         return MemorySource()

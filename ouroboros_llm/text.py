@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,8 +20,8 @@ def encode(
 ) -> list[int]:
     """Token ids of a prompt.
 
-    Text gets the tokenizer's own special tokens and no chat template; messages go through the chat template straight to tokens,
-    because a template's text may already hold the special tokens that the tokenizer would add again.
+    Text gets the tokenizer's own special tokens and no chat template; messages go through the chat template straight to
+    tokens, because a template's text may already hold the special tokens that the tokenizer would add again.
 
     Raises:
         PromptError: the prompt is empty or of another type, or the chat template refuses it.
@@ -29,7 +29,7 @@ def encode(
     if isinstance(prompt, str):
         token_ids = list(tokenizer(prompt)["input_ids"]) if prompt else []
     elif isinstance(prompt, Sequence) and prompt and all(isinstance(item, Mapping) for item in prompt):
-        token_ids = _encode_messages(tokenizer, [dict(item) for item in prompt], tools)  # type: ignore[call-overload]
+        token_ids = _encode_messages(tokenizer, [dict(cast(Mapping[str, Any], item)) for item in prompt], tools)
     else:
         token_ids = _checked_ids(prompt)
     if not token_ids:
@@ -41,10 +41,16 @@ def _encode_messages(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None
 ) -> list[int]:
     if not tokenizer.chat_template:
-        raise PromptError("prompt is a list of messages, but the tokenizer has no chat template; pass text or token ids")
+        raise PromptError(
+            "prompt is a list of messages, but the tokenizer has no chat template; pass text or token ids"
+        )
     try:
-        encoded = tokenizer.apply_chat_template(
-            messages, tools=list(tools) if tools else None, add_generation_prompt=True, tokenize=True, return_dict=True
+        encoded: Any = tokenizer.apply_chat_template(
+            messages,
+            tools=[dict(tool) for tool in tools] if tools else None,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
         )
     except Exception as error:  # a template may raise anything, jinja's own errors and plain ones
         raise PromptError(f"the model's chat template refused the messages: {error}") from error
@@ -72,8 +78,8 @@ def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 class Detokenizer:
     """Text of a growing run of tokens, in pieces that never split a character.
 
-    A token may hold a part of a character, or decode differently by what stands before it. So every piece is the difference
-    between two decodings that start at the same earlier token.
+    A token may hold a part of a character, or decode differently by what stands before it. So every piece is the
+    difference between two decodings that start at the same earlier token.
     """
 
     _LONGEST_CHARACTER = 8

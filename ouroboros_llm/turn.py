@@ -47,7 +47,7 @@ class Turn:
         self._tally = Tally()
 
     def pieces(self) -> Iterator[Piece]:
-        """Text as it comes; the last piece carries the result. What was said is learned even if nobody listens to the end."""
+        """Text as it comes; the last piece carries the result. What was said is learned even if nobody listens on."""
         rounds, cached = self._rounds(), self._cached()
         try:
             while not self._transcript.ended and (round := self._next(rounds)):

@@ -38,7 +38,7 @@ class Acceptance:
 
 
 def accept(draft: DraftTree, choose: Choose, *, limit: int, end_token_ids: Collection[int]) -> Acceptance:
-    """Walk the draft from the root: at each node let the target choose, emit its choice, and step into the child that guessed it.
+    """Walk the draft: at each node let the target choose, emit its choice, step into the child that guessed it.
 
     Whatever was drafted, every token is the target's choice after exactly the tokens before it: greedy output is the
     model's own, and sampled output has the model's own distribution, because each choice is one sample from it and

@@ -19,9 +19,9 @@ SOURCE = "draft_model"
 class DraftModelDrafter:
     """A path of the draft model's choices, lengthened by phrases, beside what phrases alone suggest.
 
-    The draft model chooses greedily whatever the target does: drafts only say how far one pass may reach. It stops where the
-    target is no longer likely to follow (a threshold on the estimated acceptance of the whole path, as in SpecDec++,
-    arXiv 2405.19715), and does not start where phrases are already sure of as many tokens.
+    The draft model chooses greedily whatever the target does: drafts only say how far one pass may reach. It stops
+    where the target is no longer likely to follow (a threshold on the estimated acceptance of the whole path, as in
+    SpecDec++, arXiv 2405.19715), and does not start where phrases are already sure of as many tokens.
     """
 
     def __init__(

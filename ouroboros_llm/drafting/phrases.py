@@ -41,7 +41,7 @@ class PhraseDrafter:
         running_text: MemoryPool | None = None,
         calibration: Calibration | None = None,
     ) -> None:
-        """`read`: pools to look in; `write`: where rejected-but-right runs go. A drafter given a `running_text` only reads it."""
+        """`read`: pools to look in; `write`: where rejected-but-right runs go; a `running_text` given is only read."""
         self._owns_text = running_text is None
         self.running_text = running_text or MemoryPool()
         self._pools = (self.running_text, *read)
@@ -80,7 +80,7 @@ class PhraseDrafter:
     def _guesses(
         self, context: Sequence[int], path_chance: float, limit: int
     ) -> Iterator[tuple[float, int, int, float, tuple[int, int]]]:
-        """(path chance, number of the parent, token, chance, evidence) of at most `limit` guesses, likeliest path first.
+        """(path chance, parent's number, token, chance, evidence) of at most `limit` guesses, likeliest path first.
 
         Guesses are numbered from 1 in the order they come; 0 is where they start.
         """
@@ -129,8 +129,8 @@ def round_share(share: float) -> int:
 
 
 def rejected_but_right(round: Round) -> list[tuple[int, ...]]:
-    """What the target says after rejected nodes: each rejected guess, followed by the target's own choices as far as the
-    draft happens to hold them, and one more. Maximal runs of at least three tokens (after Ouroboros, arXiv 2402.13720).
+    """What the target says after rejected nodes: each rejected guess, the target's own choices as far as the draft
+    happens to hold them, and one more. Maximal runs of at least three tokens (after Ouroboros, arXiv 2402.13720).
     """
     draft, rejected = round.draft, set(range(1, round.draft.width)) - set(round.path)
     runs = []

@@ -1,8 +1,9 @@
 """Keys and values that can be written as a tree and kept as a path.
 
-`SlotCache` keeps every layer at full length in a buffer that grows by doubling, so a pass writes its nodes in place (the library's
-dynamic cache copies the whole cache every pass) and dropping tokens is forgetting a number. Sliding layers keep their full
-length too; the mask hides what they must not see. `LibraryCache` holds what such buffers cannot: recurrent states.
+`SlotCache` keeps every layer at full length in a buffer that grows by doubling, so a pass writes its nodes in place
+(the library's dynamic cache copies itself every pass) and dropping tokens is forgetting a number. Sliding layers keep
+their full length too; the mask hides what they must not see. `LibraryCache` holds what such buffers cannot:
+convolution states.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 class RewindableCache(Protocol):
     """A transformers cache and what a round does with it."""
 
-    states: Cache
+    @property
+    def states(self) -> Cache:
+        """What the model's forward is handed."""
 
     @property
     def can_drop(self) -> bool:
@@ -39,19 +42,23 @@ class RewindableCache(Protocol):
         """Bytes of all buffers."""
 
 
-class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # the library's base class is not typed
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the library's hook is not typed
     """One layer's keys and values, [1, heads, capacity, head size], of which the first `length` slots count."""
 
+    keys: torch.Tensor
+    values: torch.Tensor
     is_compileable, is_sliding, is_croppable = False, False, True
     _FIRST_CAPACITY = 256
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.length = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (states.new_empty(*states.shape[:2], 0, states.shape[-1]) for states in (key_states, value_states))
+        self.keys, self.values = (
+            states.new_empty(*states.shape[:2], 0, states.shape[-1]) for states in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(
@@ -98,7 +105,7 @@ class SlotCache:
 
     def __init__(self, layers: int) -> None:
         self._layers = [SlotLayer() for _ in range(layers)]
-        self.states = Cache(layers=self._layers)
+        self.states = Cache(layers=list(self._layers))
 
     def keep(self, start: int, path: Sequence[int], width: int) -> None:
         if tuple(path) != tuple(range(len(path))):
@@ -131,6 +138,7 @@ class LibraryCache:
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self._config = config
+        self._recording = False
         self._start()
 
     @property
@@ -146,7 +154,7 @@ class LibraryCache:
             return
         # Recording starts with the first round: while it is on, nothing that a prompt wrote is ever forgotten.
         if not self._recording:
-            self.states.activate_past_recording()
+            self.states.activate_past_recording()  # type: ignore[no-untyped-call]
             self._recording = True
         self.states.crop(len(path) - width)
 

@@ -20,6 +20,11 @@ PREFILL_CHUNK = 512
 """Prompt tokens per pass: bounds the memory of attention scores and activations."""
 
 
+def vocabulary_size(model: Any) -> int:
+    """Rows of the input embedding: ids from here on cannot be looked up."""
+    return int(model.get_input_embeddings().num_embeddings)
+
+
 class EagerTarget:
     """A `TargetModel` over a model's forward; the model itself is not changed."""
 
@@ -31,7 +36,7 @@ class EagerTarget:
         self.cache: RewindableCache = cache_for(self.config)
         self.token_ids: list[int] = []
         self._pending: tuple[int, ...] = ()
-        self._vocabulary = model.get_input_embeddings().num_embeddings
+        self._vocabulary = vocabulary_size(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def prefill(self, token_ids: Sequence[int]) -> torch.Tensor:

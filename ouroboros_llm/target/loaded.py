@@ -36,10 +36,10 @@ _loading = threading.Lock()
 
 
 def load(model: PreTrainedModel) -> LoadedModel:
-    """What is known of `model`; runs the probe the first time. Raises ModelError where it is no causal language model."""
+    """What is known of `model`; runs the probe the first time. Raises ModelError if it is no causal language model."""
     with _loading:
         if model not in _loaded:
             StepwiseTarget(model)  # refuses what no target can run
-            model.eval()
+            model.train(False)
             _loaded[model] = LoadedModel(model, probe(model), PassTimes(model.device.type))
         return _loaded[model]

@@ -19,8 +19,8 @@ def tree_masks(
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """The attention mask of a pass over `draft` behind `length` committed tokens.
 
-    [1, 1, width, length + width] for models whose layers are alike, else one such mask per layer type. Boolean for scaled dot
-    product attention; for the library's eager attention, which adds its mask to the scores, a float one.
+    [1, 1, width, length + width] for models whose layers are alike, else one such mask per layer type. Boolean for
+    scaled dot product attention; for the library's eager attention, which adds its mask to the scores, a float one.
     """
     kinds = _layer_kinds(config)
     positions = torch.tensor(draft.depths, device=device) + length

@@ -31,7 +31,7 @@ class PassTimes:
         self._seconds[knot] = self._seconds.get(knot, seconds) * (1 - self._WEIGHT) + seconds * self._WEIGHT
 
     def cost(self, width: int) -> float:
-        """Time of a pass over `width` tokens in units of a pass over one, interpolated linearly; never falls with width."""
+        """Time of a pass over `width` tokens in units of a pass over one; linear between knots, never falling."""
         costs = np.maximum.accumulate([self._cost_at(knot) for knot in WIDTHS])
         return float(np.interp(width, WIDTHS, costs))
 

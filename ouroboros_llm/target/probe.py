@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..draft_tree import DraftTree
 from .base import Branching
-from .eager import EagerTarget
+from .eager import EagerTarget, vocabulary_size
 from .masks import takes_masks
 
 _TEXT = (5, 9, 2, 7, 3, 9, 4, 8)
@@ -58,7 +57,7 @@ def _drops_after_use(model: PreTrainedModel) -> bool:
 
 
 def _error(model: PreTrainedModel, draft: DraftTree, branching: Branching) -> tuple[float, float]:
-    """The largest difference that drafting makes to a logit, and the size of the largest logit; infinite where a pass fails."""
+    """The largest difference drafting makes to a logit (infinite where a pass fails), and the largest logit."""
     draft = replace(draft, token_ids=tuple(_tokens(model, draft.token_ids)))
     leaf = draft.width - 1
     path = draft.path_to(leaf)
@@ -91,5 +90,5 @@ def _read(model: PreTrainedModel, branching: Branching) -> EagerTarget:
     return target
 
 
-def _tokens(model: Any, token_ids: tuple[int, ...]) -> list[int]:
-    return [token_id % model.get_input_embeddings().num_embeddings for token_id in token_ids]
+def _tokens(model: PreTrainedModel, token_ids: tuple[int, ...]) -> list[int]:
+    return [token_id % vocabulary_size(model) for token_id in token_ids]

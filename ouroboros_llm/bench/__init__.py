@@ -1,0 +1,1 @@
+"""Side-by-side measurements: `python -m ouroboros_llm.bench --help`."""

@@ -1,0 +1,142 @@
+"""`model.generate(..., custom_generate=ouroboros_llm.custom_generate)`: our rounds inside the library's own call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .decoder import Decoder
+from .drafting.base import Round
+from .drafting.phrases import PhraseDrafter
+from .errors import OptionError
+from .phrases import PhrasePool
+from .sampling import Sampler
+from .target.loaded import load
+
+_UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_HARMLESS = {"use_cache", "logits_to_keep", "position_ids", "cache_params", "synced_gpus"}
+
+
+def custom_generate(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    generation_config: GenerationConfig | None = None,
+    phrase_pool: PhrasePool | None = None,
+    ouroboros_streamer: Any = None,
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """A decoding method for `model.generate`: the same tokens, several per pass where phrases are known.
+
+    Call it as `model.generate(**inputs, custom_generate=custom_generate, phrase_pool=pool, ouroboros_streamer=streamer)`.
+    Logits processors, stopping criteria, sampling and `torch.manual_seed` work as without it.
+
+    Args:
+        phrase_pool: where phrases are looked up, and where this output goes; None: the prompt and the output alone.
+        ouroboros_streamer: what `streamer` is elsewhere; `generate` does not hand that one on to callables. It gets
+            one round's tokens at a time.
+
+    Returns:
+        Token ids [1, length], prompt included, or a `GenerateDecoderOnlyOutput` of them if the configuration says so.
+
+    Raises:
+        OptionError: for what is not honored: batches, beams, several sequences, an assistant model, padding, scores.
+    """
+    config = generation_config or model.generation_config
+    _check(config, input_ids, attention_mask, past_key_values, model_kwargs)
+    end_token_ids = _end_token_ids(config)
+    prompt = input_ids[0].tolist()
+    decoder = Decoder(load(model).start(), PhraseDrafter([phrase_pool] if phrase_pool else [], write=phrase_pool))
+    sampler = Sampler(logits_processor or (), sample=bool(config.do_sample))
+    rounds = decoder.rounds(
+        prompt, sampler, limit=int(config.max_length or 0) - len(prompt), end_token_ids=end_token_ids
+    )
+    output: list[int] = []
+    for token_ids in _until_stopped(_locked(model, rounds), input_ids, stopping_criteria):
+        output += token_ids
+        if ouroboros_streamer is not None:
+            ouroboros_streamer.put(torch.tensor(token_ids))
+    if phrase_pool is not None:
+        phrase_pool.add(output)
+    if ouroboros_streamer is not None:
+        ouroboros_streamer.end()
+    sequences: Any = torch.cat(
+        [input_ids, torch.tensor([output], dtype=input_ids.dtype, device=input_ids.device)], dim=1
+    )
+    return GenerateDecoderOnlyOutput(sequences=sequences) if config.return_dict_in_generate else sequences
+
+
+def _locked(model: PreTrainedModel, rounds: Iterator[Round]) -> Iterator[Round]:
+    while True:
+        with load(model).lock:
+            round = next(rounds, None)
+        if round is None:
+            return
+        yield round
+
+
+def _until_stopped(rounds: Iterator[Round], input_ids: torch.Tensor, criteria: Any) -> Iterator[list[int]]:
+    """Each round's tokens, cut behind the first at which the criteria hold: they want to be asked after every token."""
+    text = input_ids
+    for round in rounds:
+        taken: list[int] = []
+        for token_id in round.token_ids:
+            taken.append(token_id)
+            text = torch.cat([text, text.new_tensor([[token_id]])], dim=1)
+            if criteria and bool(torch.as_tensor(criteria(text, None)).all()):
+                yield taken
+                return
+        yield taken
+
+
+def _end_token_ids(config: GenerationConfig) -> frozenset[int]:
+    ids = config.eos_token_id
+    return frozenset([ids] if isinstance(ids, int) else ids or ())
+
+
+def _check(
+    config: GenerationConfig,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Any,
+    model_kwargs: dict[str, Any],
+) -> None:
+    given = _arguments_of_generate()
+    cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+    refused = {
+        f"num_beams={config.num_beams}": (config.num_beams or 1) > 1,
+        f"num_return_sequences={config.num_return_sequences}": (config.num_return_sequences or 1) > 1,
+        f"a batch of {len(input_ids)}": len(input_ids) > 1,
+        "an empty prompt": input_ids.shape[1] == 0,
+        "padding in attention_mask": attention_mask is not None and not bool(attention_mask.all()),
+        "a filled past_key_values": bool(cached),
+        "assistant_model": given.get("assistant_model") is not None,
+        "streamer (pass it as ouroboros_streamer)": given.get("streamer") is not None,
+        f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}": bool(config.prompt_lookup_num_tokens),
+        **{name: bool(getattr(config, name, None)) for name in _UNSUPPORTED_OUTPUTS},
+        **{name: value is not None for name, value in model_kwargs.items() if name not in _HARMLESS},
+    }
+    if wrong := [name for name, given in refused.items() if given]:
+        names = ", ".join(wrong)
+        raise OptionError(f"custom_generate decodes one sequence from its tokens alone; it does not honor {names}")
+
+
+def _arguments_of_generate() -> dict[str, Any]:
+    """The arguments of the `generate` call we are in.
+
+    It drops `streamer` and `assistant_model` on the way to a callable, and a dropped streamer leaves its reader waiting
+    forever; only the caller's frame still knows that they were given.
+    """
+    code = inspect.unwrap(GenerationMixin.generate).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return {} if frame is None else dict(frame.f_locals)
