@@ -15,8 +15,8 @@ from .drafting.base import Round
 from .drafting.phrases import PhraseDrafter
 from .errors import OptionError
 from .phrases import PhrasePool
-from .sampling import Sampler
-from .target.loaded import load
+from .sampling import Sampler, end_token_ids
+from .target.prepared import prepare
 
 _UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 _HARMLESS = {"use_cache", "logits_to_keep", "position_ids", "cache_params", "synced_gpus"}
@@ -36,8 +36,8 @@ def custom_generate(
 ) -> Any:
     """A decoding method for `model.generate`: the same tokens, several per pass where phrases are known.
 
-    Call it as `model.generate(**inputs, custom_generate=custom_generate, phrase_pool=pool, ouroboros_streamer=streamer)`.
-    Logits processors, stopping criteria, sampling and `torch.manual_seed` work as without it.
+    Call it as `model.generate(**inputs, custom_generate=custom_generate, phrase_pool=pool)`. Logits
+    processors, stopping criteria, sampling and `torch.manual_seed` work as without it.
 
     Args:
         phrase_pool: where phrases are looked up, and where this output goes; None: the prompt and the output alone.
@@ -52,12 +52,11 @@ def custom_generate(
     """
     config = generation_config or model.generation_config
     _check(config, input_ids, attention_mask, past_key_values, model_kwargs)
-    end_token_ids = _end_token_ids(config)
     prompt = input_ids[0].tolist()
-    decoder = Decoder(load(model).start(), PhraseDrafter([phrase_pool] if phrase_pool else [], write=phrase_pool))
+    decoder = Decoder(prepare(model).start(), PhraseDrafter([phrase_pool] if phrase_pool else [], write=phrase_pool))
     sampler = Sampler(logits_processor or (), sample=bool(config.do_sample))
     rounds = decoder.rounds(
-        prompt, sampler, limit=int(config.max_length or 0) - len(prompt), end_token_ids=end_token_ids
+        prompt, sampler, limit=int(config.max_length or 0) - len(prompt), end_token_ids=end_token_ids(config)
     )
     output: list[int] = []
     for token_ids in _until_stopped(_locked(model, rounds), input_ids, stopping_criteria):
@@ -76,7 +75,7 @@ def custom_generate(
 
 def _locked(model: PreTrainedModel, rounds: Iterator[Round]) -> Iterator[Round]:
     while True:
-        with load(model).lock:
+        with prepare(model).lock:
             round = next(rounds, None)
         if round is None:
             return
@@ -95,11 +94,6 @@ def _until_stopped(rounds: Iterator[Round], input_ids: torch.Tensor, criteria: A
                 yield taken
                 return
         yield taken
-
-
-def _end_token_ids(config: GenerationConfig) -> frozenset[int]:
-    ids = config.eos_token_id
-    return frozenset([ids] if isinstance(ids, int) else ids or ())
 
 
 def _check(

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import ContextLengthError, OptionError, TokenizerMismatchError
 from .options import DecodingOptions
-from .phrases import PoolSource, check_scope
+from .phrases import PoolSource, check_scope, check_scopes
 from .session import Session, Sessions, Workspace
 from .sources import open_pool, open_source
 from .statistics import GenerationResult, Piece
 from .target.eager import vocabulary_size
-from .target.loaded import LoadedModel, load
+from .target.prepared import PreparedModel, prepare
 from .text import Prompt, encode, vocabulary_hash
 from .turn import Turn
 
@@ -67,12 +67,12 @@ class Ouroboros:
         self.model, self.tokenizer = model, tokenizer
         self.name = str(model.config._name_or_path or type(model).__name__)
         self.fingerprint = vocabulary_hash(tokenizer)
-        self._loaded = load(model)
+        self._prepared = prepare(model)
         self._draft = self._load_draft(draft_model) if draft_model is not None else None
         self._owns_store = not isinstance(store, PoolSource)
         self.store: PoolSource = open_source(store)
         self._sessions = Sessions()
-        if self._loaded.probe.branching == "none":
+        if self._prepared.probe.branching == "none":
             warnings.warn(
                 f"{self.name} keeps states that cannot be rewound, so it decodes without drafts, one token a pass",
                 RuntimeWarning,
@@ -147,8 +147,8 @@ class Ouroboros:
         options = options or DecodingOptions()
         prompt_ids = self.encode(prompt, tools=tools)
         limit = self._limit(len(prompt_ids), options)
-        session = self._sessions.open(check_scope(scope or DEFAULT_SCOPE))
-        return self._stream(prompt_ids, limit, session, [check_scope(name) for name in read_scopes], options)
+        session = self._sessions.open(check_scope(DEFAULT_SCOPE if scope is None else scope))
+        return self._stream(prompt_ids, limit, session, check_scopes(read_scopes), options)
 
     def flush(self) -> None:
         """Make all phrases durable."""
@@ -171,11 +171,11 @@ class Ouroboros:
         self, prompt_ids: list[int], limit: int, session: Session, read_scopes: list[str], options: DecodingOptions
     ) -> Iterator[Piece]:
         workspace = self._sessions.take(session) or Workspace(
-            self._loaded.start(), self._draft.start() if self._draft else None
+            self._prepared.start(), self._draft.start() if self._draft else None
         )
         try:
             turn = Turn(
-                self._loaded,
+                self._prepared,
                 self.tokenizer,
                 session,
                 workspace,
@@ -201,7 +201,7 @@ class Ouroboros:
         wanted = options.max_new_tokens or self.model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         return int(min(wanted, room))
 
-    def _load_draft(self, draft_model: Any) -> LoadedModel:
+    def _load_draft(self, draft_model: Any) -> PreparedModel:
         model, tokenizer = _draft_pair(draft_model, self.model)
         if tokenizer is not None and (other := vocabulary_hash(tokenizer)) != self.fingerprint:
             raise TokenizerMismatchError(
@@ -214,7 +214,7 @@ class Ouroboros:
                 f"draft_model must embed all {len(self.tokenizer)} tokens of the target's tokenizer, "
                 f"but it has {vocabulary_size(model)}; choose a smaller model of the same family"
             )
-        return load(model)
+        return prepare(model)
 
 
 def _draft_pair(draft_model: Any, model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:

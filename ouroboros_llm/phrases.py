@@ -36,6 +36,13 @@ def check_scope(scope: object, name: str = "scope") -> str:
     return scope
 
 
+def check_scopes(scopes: Sequence[str], name: str = "read_scopes") -> list[str]:
+    """`scopes` as a list; raises OptionError where it is no sequence of names."""
+    if isinstance(scopes, str):
+        raise OptionError(f"{name} must be a sequence of scopes, but got the string {scopes!r:.80}; write [{scopes!r:.80}]")
+    return [check_scope(scope, f"{name}[{number}]") for number, scope in enumerate(scopes)]
+
+
 @dataclass(frozen=True, slots=True)
 class Phrase:
     """What once followed the text that was matched."""

@@ -147,3 +147,9 @@ def _generation_config(model: Any, options: DecodingOptions, max_length: int) ->
             setattr(config, name, getattr(options, name))
     model._prepare_special_tokens(config, device=model.device)
     return config
+
+
+def end_token_ids(config: Any) -> frozenset[int]:
+    """The tokens at which the model's own `generate` ends, by its `generation_config`."""
+    ids = config.eos_token_id
+    return frozenset([ids] if isinstance(ids, int) else ids or ())

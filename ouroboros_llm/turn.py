@@ -14,11 +14,11 @@ from .drafting.draft_model import DraftModelDrafter
 from .drafting.phrases import PhraseDrafter
 from .options import DecodingOptions
 from .phrases import PhrasePool
-from .sampling import sampler_for
+from .sampling import end_token_ids, sampler_for
 from .session import Session, Workspace
 from .statistics import FinishReason, GenerationResult, Piece, Tally, Usage
 from .target.eager import EagerTarget
-from .target.loaded import LoadedModel
+from .target.prepared import PreparedModel
 from .text import Transcript
 
 
@@ -27,7 +27,7 @@ class Turn:
 
     def __init__(
         self,
-        loaded: LoadedModel,
+        prepared: PreparedModel,
         tokenizer: PreTrainedTokenizerBase,
         session: Session,
         workspace: Workspace,
@@ -39,9 +39,9 @@ class Turn:
         options: DecodingOptions,
     ) -> None:
         """`write`: the pool of the session's scope; `read`: further pools; `limit`: tokens to generate at most."""
-        self._loaded, self._session, self._workspace, self._write = loaded, session, workspace, write
+        self._prepared, self._session, self._workspace, self._write = prepared, session, workspace, write
         self._prompt_ids, self._limit, self._options = prompt_ids, limit, options
-        self._end_token_ids = end_token_ids(loaded)
+        self._end_token_ids = end_token_ids(prepared.model.generation_config)
         self._transcript = Transcript(tokenizer, options.stop, self._end_token_ids)
         self._drafter, self._draft_model = self._drafters([write, *read])
         self._tally = Tally()
@@ -61,12 +61,12 @@ class Turn:
         width = None if self._options.max_draft_tokens is None else min(1 + self._options.max_draft_tokens, MAX_WIDTH)
         decoder = Decoder(self._workspace.target, self._drafter, width=width)
         sampler = sampler_for(
-            self._loaded.model, self._options, len(self._prompt_ids), self._limit, self._loaded.probe.margin
+            self._prepared.model, self._options, len(self._prompt_ids), self._limit, self._prepared.probe.margin
         )
         return decoder.rounds(self._prompt_ids, sampler, limit=self._limit, end_token_ids=self._end_token_ids)
 
     def _next(self, rounds: Iterator[Round]) -> Round | None:
-        with self._loaded.lock:
+        with self._prepared.lock:
             began = perf_counter()
             round = next(rounds, None)
             self._tally.seconds += perf_counter() - began
@@ -100,9 +100,3 @@ class Turn:
         usage = Usage(len(self._prompt_ids), len(token_ids), cached)
         statistics = self._tally.statistics(len(token_ids), draft_forwards)
         return GenerationResult(self._transcript.text, token_ids, reason, usage, statistics)
-
-
-def end_token_ids(loaded: LoadedModel) -> frozenset[int]:
-    """The tokens at which the model's own `generate` ends."""
-    ids = loaded.model.generation_config.eos_token_id
-    return frozenset([ids] if isinstance(ids, int) else ids or ())

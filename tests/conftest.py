@@ -27,6 +27,9 @@ from transformers import (
 
 from ouroboros_llm import Ouroboros
 
+# Tiny matrices: a second thread costs more than it brings.
+torch.set_num_threads(1)
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"

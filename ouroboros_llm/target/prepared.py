@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
@@ -16,13 +16,13 @@ from .stepwise import StepwiseTarget
 
 
 @dataclass(frozen=True, eq=False)
-class LoadedModel:
+class PreparedModel:
     """A model with its probe, its pass times and the lock that lets one pass at a time run on it."""
 
     model: PreTrainedModel
     probe: Probe
     pass_times: PassTimes
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    lock: threading.RLock
 
     def start(self) -> TargetModel:
         """A target that has read nothing yet."""
@@ -31,15 +31,16 @@ class LoadedModel:
         return EagerTarget(self.model, self.probe.branching, self.pass_times)
 
 
-_loaded: WeakKeyDictionary[PreTrainedModel, LoadedModel] = WeakKeyDictionary()
-_loading = threading.Lock()
+# The values must not hold the model, or it would never be freed.
+_known: WeakKeyDictionary[PreTrainedModel, tuple[Probe, PassTimes, threading.RLock]] = WeakKeyDictionary()
+_preparing = threading.Lock()
 
 
-def load(model: PreTrainedModel) -> LoadedModel:
+def prepare(model: PreTrainedModel) -> PreparedModel:
     """What is known of `model`; runs the probe the first time. Raises ModelError if it is no causal language model."""
-    with _loading:
-        if model not in _loaded:
+    with _preparing:
+        if model not in _known:
             StepwiseTarget(model)  # refuses what no target can run
             model.train(False)
-            _loaded[model] = LoadedModel(model, probe(model), PassTimes(model.device.type))
-        return _loaded[model]
+            _known[model] = (probe(model), PassTimes(model.device.type), threading.RLock())
+        return PreparedModel(model, *_known[model])

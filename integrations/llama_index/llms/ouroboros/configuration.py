@@ -1,0 +1,211 @@
+"""What a user sets on `OuroborosLLM`, and what follows from it without a prompt."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from llama_index.core.base.llms.types import LLMMetadata
+from llama_index.core.bridge.pydantic import (
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
+from llama_index.core.llms.llm import LLM
+
+from ouroboros_llm import DecodingOptions, OptionError, Ouroboros
+from ouroboros_llm.defaults import DEFAULT_STORE, default_model, shared
+from ouroboros_llm.ouroboros import DEFAULT_MAX_NEW_TOKENS
+
+_LOADING = ("draft_model", "device", "dtype", "store")
+_OPTIONS = (
+    "temperature",
+    "max_tokens",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "seed",
+    "stop",
+    "exact",
+    "max_draft_tokens",
+)
+_KEYWORDS = (*_OPTIONS, "scope", "read_scopes")
+
+
+class ConfiguredLLM(LLM):
+    """The fields of `OuroborosLLM`: checked when constructed, the model loaded when needed."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    model: str | None = Field(
+        default=None,
+        description="Registry name, local path or hub id; unset: $OUROBOROS_MODEL or smollm2-135m-instruct.",
+    )
+    draft_model: str | None = Field(
+        default=None, description="A smaller model of the same vocabulary that drafts; same forms as model."
+    )
+    device: str = Field(default="auto", description="Where the model runs, e.g. 'cpu' or 'cuda:0'.")
+    dtype: str = Field(default="auto", description="Precision of the weights, e.g. 'float32' or 'bfloat16'.")
+    store: Any = Field(
+        default=DEFAULT_STORE,
+        description="Where phrases are kept: a URL, a SQLAlchemy engine or a PhraseStore; None: in memory; "
+        "unset: $OUROBOROS_STORE or phrases.db in the user's data folder.",
+        exclude=True,
+    )
+    scope: str | None = Field(
+        default=None,
+        description="Whose phrases calls read and add to, e.g. 'conversation:42'; "
+        "unset: the single user's 'conversation:default'.",
+    )
+    read_scopes: tuple[str, ...] = Field(
+        default=(), description="Further scopes to read, in order, e.g. 'corpus:manuals'."
+    )
+    ouroboros: Any = Field(
+        default=None,
+        description="A prebuilt Ouroboros, instead of model, draft_model, device, dtype and store.",
+        exclude=True,
+        repr=False,
+    )
+    temperature: float | None = Field(
+        default=None, description="Divides the logits before sampling; unset or 0: greedy."
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        description="Tokens to generate at most; unset: what the model's generation_config says, else 512.",
+    )
+    top_p: float | None = Field(default=None, description="Nucleus sampling, in (0, 1].")
+    top_k: int | None = Field(default=None, description="Sample among the k likeliest tokens.")
+    min_p: float | None = Field(default=None, description="Drop tokens less likely than min_p times the likeliest.")
+    repetition_penalty: float | None = Field(default=None, description="Divides positive logits of tokens seen.")
+    presence_penalty: float | None = Field(default=None, description="Subtracted once for a token in the output.")
+    frequency_penalty: float | None = Field(default=None, description="Subtracted per occurrence in the output.")
+    logit_bias: dict[int, float] | None = Field(default=None, description="Token id to number added to its logit.")
+    seed: int | None = Field(default=None, description="Makes sampling reproducible.")
+    stop: str | list[str] | tuple[str, ...] | None = Field(
+        default=None, description="String or strings that end the text; they are not part of it."
+    )
+    exact: bool = Field(default=False, description="Decide near-ties of half precision as plain decoding does.")
+    max_draft_tokens: int | None = Field(default=None, description="Guesses per round at most; 0: plain decoding.")
+    context_window: int | None = Field(
+        default=None,
+        gt=0,
+        description="Tokens of prompt and output that the metadata report; unset: the model's own limit.",
+    )
+
+    _loaded: Ouroboros | None = PrivateAttr(default=None)
+
+    def load(self) -> Ouroboros:
+        """The `Ouroboros` that answers, loaded by the first call that needs it.
+
+        Loading may take a while. Call this before an event loop starts if `metadata` is read in it, as `apredict` and
+        query engines do.
+
+        Raises:
+            ModelError: the model is unknown, cannot be had, or does not fit the draft model.
+        """
+        if self._loaded is None:
+            self._loaded = self.ouroboros
+        if self._loaded is None:
+            self._loaded = shared(self.model, **{name: getattr(self, name) for name in _LOADING})
+        return self._loaded
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """What the model can do. Loads the model."""
+        ouroboros = self.load()
+        window = self.context_window or ouroboros.context_length or DEFAULT_CONTEXT_WINDOW
+        default = ouroboros.model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+        return LLMMetadata(
+            context_window=window,
+            # Prompts are packed into what the output leaves; a default must leave room in a small context too.
+            num_output=self.max_tokens or min(default, window // 2),
+            is_chat_model=bool(ouroboros.tokenizer.chat_template),
+            model_name=ouroboros.name,
+        )
+
+    def to_payload(self) -> dict[str, Any]:
+        """For traces. Does not load the model, as callbacks ask for it on the event loop."""
+        if self._loaded is None and self.ouroboros is None:
+            return {"class_name": self.class_name(), "model_name": self.model or default_model()}
+        return {"class_name": self.class_name(), **self.metadata.model_dump()}
+
+    def options(self, call: Mapping[str, Any]) -> DecodingOptions:
+        """Options of one call: its own keywords over the fields.
+
+        Raises:
+            OptionError: a keyword is unknown, or an option out of range or contradicting another.
+        """
+        for name in call:
+            if name not in _KEYWORDS:
+                close = difflib.get_close_matches(name, _KEYWORDS, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(_KEYWORDS)}"
+                raise OptionError(f"unknown keyword {name!r}; {hint}")
+        values = {name: getattr(self, name) if call.get(name) is None else call[name] for name in _OPTIONS}
+        try:
+            return DecodingOptions(max_new_tokens=values.pop("max_tokens"), **values)
+        except OptionError as error:  # which names the argument as the core does, not as the caller did
+            raise OptionError(str(error).replace("max_new_tokens", "max_tokens")) from None
+
+    @field_validator("model", "draft_model", "device", "dtype", mode="before")
+    @classmethod
+    def _name(cls, value: Any) -> Any:
+        """Paths, and torch's devices and dtypes, by their names, which can be serialized."""
+        torch_name = str(value).removeprefix("torch.") if type(value).__module__ == "torch" else value
+        return str(value) if isinstance(value, PurePath) else torch_name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_class_name(cls, data: Any) -> Any:
+        # Serialization adds it, so what was serialized must be accepted with it.
+        return {name: value for name, value in data.items() if name != "class_name"} if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> Self:
+        self.options({})
+        if self.ouroboros is not None:
+            self._check_prebuilt()
+            # So that a serialized copy names the model that spoke.
+            self.model = self.ouroboros.name
+        return self
+
+    def _check_prebuilt(self) -> None:
+        defaults = {name: type(self).model_fields[name].default for name in _LOADING}
+        given = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if self.model not in (None, self.ouroboros.name):
+            given.insert(0, "model")
+        if given:
+            raise OptionError(
+                f"{', '.join(given)} cannot be given beside ouroboros, which is loaded already; "
+                "pass them when you construct it"
+            )
+
+    @model_serializer(mode="wrap")
+    def custom_model_dump(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        # A URL may hold a password, and an engine cannot be written; both are left out.
+        if self.store is None or (isinstance(self.store, str) and urlsplit(self.store).password is None):
+            data["store"] = self.store
+        return {**data, "class_name": self.class_name()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the loaded model: another process loads it by its name."""
+        bare = self.model_copy(update={"ouroboros": None})
+        bare._loaded = None
+        return super(ConfiguredLLM, bare).__getstate__()
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """A copy that shares the loaded model."""
+        return self.model_copy()

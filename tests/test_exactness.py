@@ -1,0 +1,214 @@
+"""The first promise: the same tokens as the model alone, whatever was drafted."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Sequence
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, byte_tokenizer, plain, tiny_model
+
+from ouroboros_llm import DecodingOptions, MemoryPool, Ouroboros
+from ouroboros_llm.decoder import Decoder
+from ouroboros_llm.draft_tree import DraftTree, TreeBuilder
+from ouroboros_llm.drafting.base import Budget, NoDrafts, Round
+from ouroboros_llm.drafting.draft_model import DraftModelDrafter
+from ouroboros_llm.drafting.phrases import PhraseDrafter
+from ouroboros_llm.sampling import Sampler
+from ouroboros_llm.target.prepared import prepare
+from ouroboros_llm.target.scripted import ScriptedTarget
+
+PROMPTS = ("the cat sat on the mat, the cat sat on", "abcabcabcabc", "x", "def f(a):\n    return a\n\ndef f(a):\n" * 8)
+TOKENS = 48
+
+
+def ids(prompt: str) -> list[int]:
+    return byte_tokenizer()(prompt)["input_ids"]
+
+
+def pool_of(contents: str, wanted: list[int]) -> MemoryPool:
+    """Pools from useless to perfect."""
+    pool = MemoryPool()
+    if contents == "right":
+        pool.add(wanted)
+    elif contents == "wrong":
+        pool.add([(token_id + 1) % 263 for token_id in wanted])
+    elif contents == "branching":
+        for cut in range(4, len(wanted), 5):
+            pool.add([*wanted[:cut], (wanted[cut] + 7) % 263, *wanted[:cut]])
+        pool.add(wanted)
+    elif contents == "foreign":
+        pool.add([10**9, *wanted[:5], 2**31 + 5, *wanted[5:9], 263, 264])
+    return pool
+
+
+def decode(architecture: str, prompt_ids: list[int], drafter: object, width: int | None = None) -> list[int]:
+    decoder = Decoder(prepare(tiny_model(architecture)).start(), drafter, width=width)
+    rounds = decoder.rounds(prompt_ids, Sampler(), limit=TOKENS, end_token_ids={2})
+    return [token_id for round in rounds for token_id in round.token_ids]
+
+
+@pytest.mark.parametrize("contents", ["empty", "right", "wrong", "branching", "foreign"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_pools_change_no_token(architecture: str, contents: str) -> None:
+    for prompt in PROMPTS:
+        wanted = plain(tiny_model(architecture), ids(prompt), TOKENS)
+        for width in (None, 2, 5, 64):
+            pool = pool_of(contents, wanted)
+            assert decode(architecture, ids(prompt), PhraseDrafter([pool], write=pool), width) == wanted, (prompt, width)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "mistral_sliding", "gemma3_mixed"])
+@pytest.mark.parametrize("same_weights", [True, False])
+def test_draft_models_change_no_token(architecture: str, same_weights: bool) -> None:
+    forwards = 0
+    for prompt, contents in itertools.product(PROMPTS, ("empty", "wrong", "branching")):
+        wanted = plain(tiny_model(architecture), ids(prompt), TOKENS)
+        phrases = PhraseDrafter([pool_of(contents, wanted)])
+        small = prepare(tiny_model(architecture, seed=0 if same_weights else 1)).start()
+        drafter = DraftModelDrafter(Decoder(small, PhraseDrafter(running_text=phrases.running_text)), phrases)
+        assert decode(architecture, ids(prompt), drafter) == wanted
+        forwards += drafter.forwards
+    assert forwards > 0
+
+
+class Adversary:
+    """Drafts that try to break out: all wrong, the right text with an end token inside, far too wide and too deep."""
+
+    def __init__(self, wanted: Sequence[int], kind: str, prompt_length: int) -> None:
+        self._wanted, self._kind, self._prompt_length = list(wanted), kind, prompt_length
+
+    def open(self, context: Sequence[int]) -> None:
+        pass
+
+    def draft(self, context: Sequence[int], budget: Budget) -> DraftTree:
+        rest = self._wanted[len(context) - self._prompt_length :]
+        if self._kind == "wrong":
+            return DraftTree.chain([context[-1], *((token_id + 1) % 263 for token_id in rest[:8])])
+        if self._kind == "end inside":
+            return DraftTree.chain([context[-1], *rest[:3], 2, *rest[3:8]])
+        if self._kind == "past the limit":
+            return DraftTree.chain([context[-1], *rest, *rest, *range(5, 99)])
+        builder = TreeBuilder(context[-1], 64)
+        for token_id in [*range(3, 60), *rest[:1]]:
+            builder.add(0, token_id, 1e-9, "wide")
+        return builder.build()
+
+    def learn(self, round: Round) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", ["wrong", "end inside", "past the limit", "wide"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom_chains", "lfm2_chains", "mamba_plain"])
+def test_adversarial_drafts_change_no_token(architecture: str, kind: str) -> None:
+    for prompt in PROMPTS:
+        wanted = plain(tiny_model(architecture), ids(prompt), TOKENS)
+        assert decode(architecture, ids(prompt), Adversary(wanted, kind, len(ids(prompt)))) == wanted
+
+
+def test_drafts_are_accepted_at_all() -> None:
+    """Guards the tests above against drafters that never propose anything."""
+    wanted = plain(tiny_model(), ids(PROMPTS[0]), TOKENS)
+    pool = pool_of("right", wanted)
+    decoder = Decoder(prepare(tiny_model()).start(), PhraseDrafter([pool]), width=64)
+    rounds = list(decoder.rounds(ids(PROMPTS[0]), Sampler(), limit=TOKENS))
+    assert len(rounds) <= 4
+    assert sum(len(round.accepted) for round in rounds) > TOKENS / 2
+
+
+def test_the_end_of_the_context_is_never_passed() -> None:
+    """GPT-2 looks positions up: one node too deep would be an error, not a wrong token."""
+    model = tiny_model("gpt2")
+    prompt_ids = [5 + number % 3 for number in range(490)]
+    with Ouroboros(model, byte_tokenizer()) as ouroboros:
+        result = ouroboros.generate(prompt_ids, options=DecodingOptions(max_new_tokens=100))
+    assert list(result.token_ids) == plain(model, prompt_ids, 512 - 490)
+    assert result.finish_reason == "length"
+
+
+def test_several_end_tokens() -> None:
+    model = tiny_model()
+    free = plain(model, ids(PROMPTS[1]), TOKENS, eos_token_id=None)
+    ends = [free[10], free[20]]
+    config = model.generation_config
+    previous, config.eos_token_id = config.eos_token_id, ends
+    try:
+        with Ouroboros(model, byte_tokenizer()) as ouroboros:
+            for _ in range(2):
+                result = ouroboros.generate(ids(PROMPTS[1]), options=DecodingOptions(max_new_tokens=TOKENS))
+                assert list(result.token_ids) == plain(model, ids(PROMPTS[1]), TOKENS)
+                assert result.token_ids[-1] in ends and result.finish_reason == "stop"
+    finally:
+        config.eos_token_id = previous
+
+
+def test_long_prompts_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ouroboros_llm.target.eager.PREFILL_CHUNK", 16)
+    for architecture in ("llama", "mistral_sliding", "gemma3_mixed", "qwen3_next_plain", "lfm2_chains"):
+        wanted = plain(tiny_model(architecture), ids(PROMPTS[3]), TOKENS)
+        assert decode(architecture, ids(PROMPTS[3]), NoDrafts()) == wanted
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_implementations(implementation: str) -> None:
+    model = tiny_model("gemma3_mixed", seed=3)
+    model.set_attn_implementation(implementation)
+    wanted = plain(model, ids(PROMPTS[0]), TOKENS)
+    target = prepare(model).start()
+    assert target.branching == "tree"
+    decoder = Decoder(target, PhraseDrafter([pool_of("branching", wanted)]), width=64)
+    rounds = decoder.rounds(ids(PROMPTS[0]), Sampler(), limit=TOKENS, end_token_ids={2})
+    assert [token_id for round in rounds for token_id in round.token_ids] == wanted
+
+
+class RoundingTarget(ScriptedTarget):
+    """Like half precision: a wide pass gives other last digits than a pass over one token."""
+
+    def verify(self, draft: DraftTree) -> torch.Tensor:
+        logits = super().verify(draft)
+        if draft.width > 1:
+            logits = logits + 0.02 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(draft.width))
+        return logits
+
+
+def test_exact_decides_near_ties_as_plain_decoding_does() -> None:
+    def logits_after(text: tuple[int, ...]) -> torch.Tensor:
+        # Two tokens within rounding of each other at every step.
+        logits = torch.zeros(20)
+        best = sum(text[-2:]) % 19
+        logits[best], logits[(best + 1) % 20] = 5.0, 5.0 - 0.001 * (text[-1] % 3)
+        return logits
+
+    def output(drafter: object, margin: float) -> list[int]:
+        rounds = Decoder(RoundingTarget(logits_after), drafter).rounds([1, 2, 3], Sampler(margin=margin), limit=60)
+        return [token_id for round in rounds for token_id in round.token_ids]
+
+    alone = output(NoDrafts(), 0.0)
+    pool = MemoryPool()
+    pool.add(alone)
+    assert output(PhraseDrafter([pool]), 0.0) != alone  # without it, the tie goes either way
+    assert output(PhraseDrafter([pool]), 0.2) == alone
+
+
+def test_models_without_rewinding_warn_and_decode_plainly() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ouroboros = Ouroboros(tiny_model("mamba_plain"), byte_tokenizer())
+    assert any("without drafts" in str(warning.message) for warning in caught)
+    result = ouroboros.generate("abcabcabc", options=DecodingOptions(max_new_tokens=8))
+    assert result.statistics.drafted_tokens == 0
+    assert list(result.token_ids) == plain(ouroboros.model, ids("abcabcabc"), 8)
+
+
+def test_the_wrapped_model_is_unchanged() -> None:
+    model = tiny_model("qwen3")
+    before = plain(model, ids(PROMPTS[0]), TOKENS)
+    forward, generate = model.forward, model.generate
+    implementation = model.config._attn_implementation
+    with Ouroboros(model, byte_tokenizer()) as ouroboros:
+        ouroboros.generate(PROMPTS[0])
+    assert (model.forward, model.generate) == (forward, generate)
+    assert model.config._attn_implementation == implementation
+    assert plain(model, ids(PROMPTS[0]), TOKENS) == before

@@ -1,0 +1,65 @@
+"""Which part may know which: integrations -> ouroboros_llm <- storage, and no framework where it was not asked for."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE, STORAGE, INTEGRATIONS = ROOT / "ouroboros_llm", ROOT / "storage", ROOT / "integrations"
+FRAMEWORKS = {"langchain", "langchain_core", "langgraph", "llama_index", "llama_index_instrumentation"}
+DATABASES = {"sqlalchemy", "psycopg", "sqlite3"}
+ADAPTERS = {path.name for path in INTEGRATIONS.iterdir() if path.is_dir() and path.name != "__pycache__"}
+FORBIDDEN = {
+    CORE: FRAMEWORKS | DATABASES | ADAPTERS | {"ouroboros_storage"},
+    STORAGE / "ouroboros_storage": FRAMEWORKS | ADAPTERS,
+    INTEGRATIONS / "langchain_ouroboros": DATABASES | {"ouroboros_storage", "llama_index", "vllm_ouroboros"},
+    INTEGRATIONS / "llama_index": DATABASES
+    | {"ouroboros_storage", "langchain", "langchain_core", "langchain_ouroboros"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of the absolute imports of a file, wherever in it they stand."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module or "")
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("root", FORBIDDEN, ids=lambda root: root.name)
+def test_dependencies_point_one_way(root: Path) -> None:
+    files = sorted(root.rglob("*.py"))
+    assert files, f"{root} holds no Python file"
+    wrong = {str(path.relative_to(ROOT)): sorted(imports(path) & FORBIDDEN[root]) for path in files}
+    assert {path: names for path, names in wrong.items() if names} == {}
+
+
+def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "from . import near\ndef late():\n    import sqlalchemy.orm as orm\n    from langchain_core.x import y\n"
+    )
+    assert imports(path) == {"sqlalchemy", "langchain_core"}
+
+
+def test_core_imports_neither_framework_nor_database() -> None:
+    code = "import ouroboros_llm, sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert "ouroboros_llm" in loaded.split()
+    # sqlite3 is the standard library's own: others may load it.
+    assert not (FRAMEWORKS | ADAPTERS | {"sqlalchemy", "psycopg", "ouroboros_storage"}) & set(loaded.split())
+
+
+def test_llama_index_stays_a_namespace() -> None:
+    """An `__init__.py` above our package would hide llama-index-core (PEP 420)."""
+    assert (INTEGRATIONS / "llama_index" / "llms" / "ouroboros" / "__init__.py").exists()
+    assert not (INTEGRATIONS / "llama_index" / "__init__.py").exists()
+    assert not (INTEGRATIONS / "llama_index" / "llms" / "__init__.py").exists()

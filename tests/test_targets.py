@@ -1,0 +1,173 @@
+"""One contract for every target: what a pass leaves pending, what keep commits, what rewinding forgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model
+
+from ouroboros_llm import ModelError
+from ouroboros_llm.draft_tree import DraftTree
+from ouroboros_llm.target.base import TargetModel
+from ouroboros_llm.target.eager import EagerTarget
+from ouroboros_llm.target.pass_times import WIDTHS, PassTimes
+from ouroboros_llm.target.prepared import prepare
+from ouroboros_llm.target.scripted import ScriptedTarget
+from ouroboros_llm.target.stepwise import StepwiseTarget
+
+TEXT = [5, 9, 12, 7, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51]
+TREE = DraftTree((60, 61, 62, 63, 64, 65), (-1, 0, 0, 1, 2, 4), (1.0,) * 6, ("",) * 6, (None,) * 6)
+
+Oracle = Callable[[list[int]], torch.Tensor]
+
+
+def scripted() -> tuple[TargetModel, Oracle]:
+    def logits_after(text: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(70, generator=torch.Generator().manual_seed(hash(text) % 2**31))
+
+    return ScriptedTarget(logits_after), lambda text: logits_after(tuple(text))
+
+
+def of(architecture: str) -> tuple[TargetModel, Oracle]:
+    model = tiny_model(architecture)
+
+    def oracle(text: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return model(torch.tensor([text]), use_cache=False).logits[0, -1]
+
+    return prepare(model).start(), oracle
+
+
+@pytest.fixture(params=["scripted", *ARCHITECTURES])
+def target_and_oracle(request: pytest.FixtureRequest) -> tuple[TargetModel, Oracle]:
+    return scripted() if request.param == "scripted" else of(request.param)
+
+
+def close(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return bool(torch.allclose(left, right, atol=1e-3, rtol=1e-3))
+
+
+def test_the_protocol_is_met(target_and_oracle: tuple[TargetModel, Oracle]) -> None:
+    assert isinstance(target_and_oracle[0], TargetModel)
+    assert target_and_oracle[0].cost(1) == 1.0
+
+
+def test_prefill_gives_the_last_logits_and_leaves_the_last_token_pending(
+    target_and_oracle: tuple[TargetModel, Oracle],
+) -> None:
+    target, oracle = target_and_oracle
+    logits = target.prefill(TEXT)
+    assert logits.shape[0] == 1 and close(logits[0], oracle(TEXT))
+    assert list(target.token_ids) == TEXT[:-1]
+    target.keep((0,))
+    assert list(target.token_ids) == TEXT
+
+
+def test_every_node_gets_the_logits_of_its_own_path(target_and_oracle: tuple[TargetModel, Oracle]) -> None:
+    target, oracle = target_and_oracle
+    tree = {"tree": TREE, "chain": TREE.main_chain(), "none": DraftTree.root(60)}[target.branching]
+    target.prefill(TEXT)
+    target.keep((0,))
+    logits = target.verify(tree)
+    assert list(target.token_ids) == TEXT
+    for node in range(tree.width):
+        path = [tree.token_ids[ancestor] for ancestor in tree.path_to(node)]
+        assert close(logits[node], oracle([*TEXT, *path])), node
+
+
+def test_keep_commits_the_path_and_forgets_the_rest(target_and_oracle: tuple[TargetModel, Oracle]) -> None:
+    target, oracle = target_and_oracle
+    target.prefill(TEXT)
+    target.keep((0,))
+    text = list(TEXT)
+    for path in ((0, 2, 4), (0,), (0, 2, 4, 5), (0, 1, 3)):
+        tree = TREE
+        if target.branching != "tree":
+            tree, path = DraftTree.chain([60, 62, 64, 65]), tuple(range(len(path)))
+        if target.branching == "none":
+            tree, path = DraftTree.root(60), (0,)
+        target.verify(tree)
+        target.keep(path)
+        text += [tree.token_ids[node] for node in path]
+        assert list(target.token_ids) == text
+    assert close(target.verify(DraftTree.root(66))[0], oracle([*text, 66]))
+
+
+def test_a_second_prefill_is_as_good_as_a_first(target_and_oracle: tuple[TargetModel, Oracle]) -> None:
+    """After a pass that was abandoned with nodes pending, for texts that share all, some or nothing."""
+    target, oracle = target_and_oracle
+    target.prefill(TEXT)
+    target.keep((0,))
+    for text in ([*TEXT, 30, 31], TEXT[:7], TEXT, [33, *TEXT], [3]):
+        target.verify(TREE if target.branching == "tree" else DraftTree.root(60))
+        assert close(target.prefill(text)[0], oracle(text))
+        target.keep((0,))
+        assert list(target.token_ids) == text
+
+
+def test_rewinding_forgets() -> None:
+    target, oracle = of("gemma3_mixed")
+    target.prefill(TEXT)
+    target.keep((0,))
+    target.rewind(5)
+    assert list(target.token_ids) == TEXT[:5]
+    assert close(target.verify(DraftTree.root(60))[0], oracle([*TEXT[:5], 60]))
+
+
+def test_a_shared_prefix_is_not_read_twice() -> None:
+    target, _ = of("llama")
+    assert isinstance(target, EagerTarget)
+    target.prefill(TEXT)
+    target.keep((0,))
+    assert target.common_prefix([*TEXT, 1, 2]) == len(TEXT)
+    assert target.common_prefix(TEXT) == len(TEXT) - 1
+    assert target.common_prefix([*TEXT[:4], 1, 2]) == 4
+
+
+def test_ids_outside_the_vocabulary_are_verified_as_wrong_guesses() -> None:
+    target, oracle = of("llama")
+    target.prefill(TEXT)
+    target.keep((0,))
+    logits = target.verify(DraftTree.chain([60, 10**9, 61]))
+    assert close(logits[0], oracle([*TEXT, 60]))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "branching"),
+    [
+        ("llama", "tree"),
+        ("mistral_sliding", "tree"),
+        ("gemma3_mixed", "tree"),
+        ("bloom_chains", "chain"),
+        ("lfm2_chains", "chain"),
+        ("mamba_plain", "none"),
+        ("qwen3_next_plain", "none"),
+    ],
+)
+def test_the_probe_finds_what_a_model_can_verify(architecture: str, branching: str) -> None:
+    assert prepare(tiny_model(architecture)).probe.branching == branching
+
+
+def test_models_that_generate_nothing_are_refused() -> None:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    model = BertModel(config)
+    model.config.is_encoder_decoder = True
+    with pytest.raises(ModelError, match="BertModel"):
+        StepwiseTarget(model)
+
+
+def test_costs_come_from_passes_and_a_prior() -> None:
+    times = PassTimes("cpu")
+    assert [round(times.cost(width), 2) for width in WIDTHS] == [1.0, 1.0, 1.01, 1.07, 1.38, 2.0, 2.95]
+    for _ in range(50):
+        times.add(1, 0.1)
+        times.add(8, 0.3)
+    assert times.cost(1) == 1.0
+    assert times.cost(8) == pytest.approx(3.0)
+    assert times.cost(12) == pytest.approx(3.0), "wider than a measured pass is never cheaper"
+    times.add(8, 30.0)
+    assert times.cost(8) < 4, "one slow pass counts for little"
