@@ -19,7 +19,7 @@ from .sampling import Sampler, end_token_ids
 from .target.prepared import prepare
 
 _UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-_HARMLESS = {"use_cache", "logits_to_keep", "position_ids", "cache_params", "synced_gpus"}
+_PREPARED = {"attention_mask", "past_key_values", "cache_params", "position_ids", "logits_to_keep", "use_cache"}
 
 
 def custom_generate(
@@ -30,8 +30,6 @@ def custom_generate(
     generation_config: GenerationConfig | None = None,
     phrase_pool: PhrasePool | None = None,
     ouroboros_streamer: Any = None,
-    attention_mask: torch.Tensor | None = None,
-    past_key_values: Any = None,
     **model_kwargs: Any,
 ) -> Any:
     """A decoding method for `model.generate`: the same tokens, several per pass where phrases are known.
@@ -51,7 +49,7 @@ def custom_generate(
         OptionError: for what is not honored: batches, beams, several sequences, an assistant model, padding, scores.
     """
     config = generation_config or model.generation_config
-    _check(config, input_ids, attention_mask, past_key_values, model_kwargs)
+    _check(config, input_ids, model_kwargs)
     prompt = input_ids[0].tolist()
     decoder = Decoder(prepare(model).start(), PhraseDrafter([phrase_pool] if phrase_pool else [], write=phrase_pool))
     sampler = Sampler(logits_processor or (), sample=bool(config.do_sample))
@@ -96,27 +94,21 @@ def _until_stopped(rounds: Iterator[Round], input_ids: torch.Tensor, criteria: A
         yield taken
 
 
-def _check(
-    config: GenerationConfig,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    past_key_values: Any,
-    model_kwargs: dict[str, Any],
-) -> None:
+def _check(config: GenerationConfig, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
     given = _arguments_of_generate()
-    cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+    mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
     refused = {
         f"num_beams={config.num_beams}": (config.num_beams or 1) > 1,
         f"num_return_sequences={config.num_return_sequences}": (config.num_return_sequences or 1) > 1,
         f"a batch of {len(input_ids)}": len(input_ids) > 1,
         "an empty prompt": input_ids.shape[1] == 0,
-        "padding in attention_mask": attention_mask is not None and not bool(attention_mask.all()),
-        "a filled past_key_values": bool(cached),
+        "padding in attention_mask": mask is not None and not bool(mask.all()),
+        "a filled past_key_values": cache is not None and bool(cache.get_seq_length()),
         "assistant_model": given.get("assistant_model") is not None,
         "streamer (pass it as ouroboros_streamer)": given.get("streamer") is not None,
         f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}": bool(config.prompt_lookup_num_tokens),
         **{name: bool(getattr(config, name, None)) for name in _UNSUPPORTED_OUTPUTS},
-        **{name: value is not None for name, value in model_kwargs.items() if name not in _HARMLESS},
+        **{name: value is not None for name, value in model_kwargs.items() if name not in _PREPARED},
     }
     if wrong := [name for name, given in refused.items() if given]:
         names = ", ".join(wrong)

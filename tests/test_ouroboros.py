@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import gc
+import threading
+import warnings
+from typing import Any
+
+import pytest
+from conftest import byte_tokenizer, plain, tiny_model
+from transformers import PreTrainedTokenizerFast
+
+import ouroboros_llm.session
+from ouroboros_llm import (
+    ContextLengthError,
+    DecodingOptions,
+    MemoryPool,
+    OptionError,
+    Ouroboros,
+    PromptError,
+    StoreError,
+    TokenizerMismatchError,
+)
+from ouroboros_llm.phrases import MemorySource
+
+PROMPT = "the cat sat on the mat, the dog"
+OPTIONS = DecodingOptions(max_new_tokens=40)
+
+
+def test_results_say_what_happened(tiny_ouroboros: Ouroboros) -> None:
+    result = tiny_ouroboros.generate(PROMPT, options=OPTIONS)
+    statistics, usage = result.statistics, result.usage
+    assert list(result.token_ids) == plain(tiny_ouroboros.model, tiny_ouroboros.encode(PROMPT), 40)
+    assert result.text == byte_tokenizer().decode(result.token_ids, skip_special_tokens=True)
+    assert usage.prompt_tokens == len(PROMPT) and usage.completion_tokens == len(result.token_ids) == 40
+    assert usage.total_tokens == usage.prompt_tokens + 40 and result.finish_reason == "length"
+    assert statistics.target_forwards == statistics.rounds + 1
+    assert statistics.completion_tokens == 40
+    assert statistics.accepted_tokens == sum(statistics.accepted_by_source.values()) <= statistics.drafted_tokens
+    assert statistics.accepted_tokens + statistics.target_forwards >= 40
+    assert statistics.mean_acceptance_length == 40 / statistics.target_forwards
+    assert statistics.seconds > 0
+
+
+def test_warm_is_faster_than_cold(tiny_ouroboros: Ouroboros) -> None:
+    cold = tiny_ouroboros.generate(PROMPT, scope="agent:a", options=OPTIONS)
+    warm = tiny_ouroboros.generate(PROMPT, scope="agent:a", options=OPTIONS)
+    assert warm.token_ids == cold.token_ids
+    assert warm.statistics.target_forwards <= cold.statistics.target_forwards / 2
+
+
+def test_streams_are_answers(tiny_ouroboros: Ouroboros) -> None:
+    for _ in range(2):
+        pieces = list(tiny_ouroboros.stream(PROMPT, options=OPTIONS))
+        result = tiny_ouroboros.generate(PROMPT, scope="other", options=OPTIONS)
+        assert "".join(piece.text for piece in pieces) == result.text
+        assert tuple(token_id for piece in pieces for token_id in piece.token_ids) == result.token_ids
+        assert [piece.result is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
+
+
+def test_no_scope_sees_another_s_phrases(tiny_ouroboros: Ouroboros) -> None:
+    cold = tiny_ouroboros.generate(PROMPT, scope="conversation:1", options=OPTIONS).statistics
+    tiny_ouroboros.generate(PROMPT, options=OPTIONS)  # the default scope
+    other = tiny_ouroboros.generate(PROMPT, scope="conversation:2", options=OPTIONS)
+    assert other.usage.cached_tokens == 0, "keys and values are as private as phrases"
+    assert other.statistics.target_forwards == cold.target_forwards
+    assert other.statistics.drafted_tokens == cold.drafted_tokens
+
+
+def test_scopes_are_read_where_the_caller_says_so(tiny_ouroboros: Ouroboros) -> None:
+    cold = tiny_ouroboros.generate(PROMPT, scope="agent:a", options=OPTIONS).statistics
+    reader = tiny_ouroboros.generate(PROMPT, scope="b", read_scopes=["agent:a"], options=OPTIONS)
+    assert reader.statistics.target_forwards < cold.target_forwards
+    assert reader.usage.cached_tokens == 0
+
+
+def test_reading_a_scope_writes_nothing_to_it() -> None:
+    source = MemorySource()
+    with Ouroboros(tiny_model(), byte_tokenizer(), store=source) as ouroboros:
+        ouroboros.generate(PROMPT, scope="b", read_scopes=["agent:a"], options=OPTIONS)
+        assert source.open("agent:a", fingerprint=ouroboros.fingerprint).stats.runs == 0
+        assert source.open("b", fingerprint=ouroboros.fingerprint).stats.runs > 0
+        assert source.open("b", fingerprint="of another tokenizer").stats.runs == 0
+
+
+def test_prompts_are_never_kept() -> None:
+    source = MemorySource()
+    with Ouroboros(tiny_model(), byte_tokenizer(), store=source) as ouroboros:
+        result = ouroboros.generate("a secret of mine", scope="s", options=OPTIONS)
+        pool = source.open("s", fingerprint=ouroboros.fingerprint)
+        secret = ouroboros.encode("a secret of mine")
+        assert pool.match(secret[:-1]) == [] or max(p.match_length for p in pool.match(secret[:-1])) < 4
+        assert pool.match(result.token_ids[:5])
+
+
+def test_a_conversation_reuses_its_prefix(tiny_ouroboros: Ouroboros) -> None:
+    first = tiny_ouroboros.encode(PROMPT)
+    answer = tiny_ouroboros.generate(first, scope="c", options=OPTIONS)
+    second = [*first, *answer.token_ids, *tiny_ouroboros.encode(" and then")]
+    result = tiny_ouroboros.generate(second, scope="c", options=OPTIONS)
+    assert list(result.token_ids) == plain(tiny_ouroboros.model, second, 40)
+    assert result.usage.cached_tokens >= len(first) + 39
+    assert result.usage.prompt_tokens == len(second)
+
+
+def test_kept_keys_and_values_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    sessions = ouroboros_llm.session.Sessions(capacity=3, kv_bytes=1)
+    with Ouroboros(tiny_model(), byte_tokenizer()) as ouroboros:
+        ouroboros._sessions = sessions
+        for number in range(5):
+            ouroboros.generate(PROMPT, scope=f"c{number}", options=OPTIONS)
+        assert ouroboros.generate(PROMPT, scope="c4", options=OPTIONS).usage.cached_tokens == 0
+        assert len(sessions._sessions) == 3
+
+
+def test_an_abandoned_stream_harms_nothing(tiny_ouroboros: Ouroboros) -> None:
+    wanted = plain(tiny_ouroboros.model, tiny_ouroboros.encode(PROMPT), 40)
+    for pulled in (0, 1, 3):
+        stream = tiny_ouroboros.stream(PROMPT, scope="c", options=OPTIONS)
+        for _ in range(pulled):
+            next(stream)
+        # Still open, and already used again; then closed, dropped, and used again.
+        assert list(tiny_ouroboros.generate(PROMPT, scope="c", options=OPTIONS).token_ids) == wanted
+        stream.close()
+        del stream
+        gc.collect()
+        assert list(tiny_ouroboros.generate(PROMPT, scope="c", options=OPTIONS).token_ids) == wanted
+
+
+def test_what_an_abandoned_stream_said_is_learned() -> None:
+    source = MemorySource()
+    with Ouroboros(tiny_model(), byte_tokenizer(), store=source) as ouroboros:
+        stream = ouroboros.stream(PROMPT, scope="c", options=OPTIONS)
+        said = [*next(stream).token_ids, *next(stream).token_ids, *next(stream).token_ids]
+        stream.close()
+        assert source.open("c", fingerprint=ouroboros.fingerprint).match(said[:2])[0].token_ids[0] == said[2]
+
+
+def test_streams_of_one_thread_may_interleave(tiny_ouroboros: Ouroboros) -> None:
+    prompts = [PROMPT, "abcabc", PROMPT, "xyz"]
+    streams = [tiny_ouroboros.stream(prompt, scope="same", options=OPTIONS) for prompt in prompts]
+    tokens: list[list[int]] = [[] for _ in prompts]
+    while any(streams):
+        for number, stream in enumerate(streams):
+            if stream and (piece := next(stream, None)):
+                tokens[number] += piece.token_ids
+            elif stream:
+                streams[number] = None
+    assert tokens == [plain(tiny_ouroboros.model, tiny_ouroboros.encode(prompt), 40) for prompt in prompts]
+
+
+def test_threads_get_their_own_answers(tiny_ouroboros: Ouroboros) -> None:
+    prompts = [f"{number} bottles of beer" for number in range(6)]
+    answers: dict[str, list[int]] = {}
+
+    def ask(prompt: str) -> None:
+        answers[prompt] = list(tiny_ouroboros.generate(prompt, scope="shared", options=OPTIONS).token_ids)
+
+    threads = [threading.Thread(target=ask, args=(prompt,)) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {
+        prompt: plain(tiny_ouroboros.model, tiny_ouroboros.encode(prompt), 40) for prompt in prompts
+    }
+
+
+def test_an_error_in_a_round_leaves_the_object_usable(
+    tiny_ouroboros: Ouroboros, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("ouroboros_llm.target.eager.EagerTarget.verify", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tiny_ouroboros.generate(PROMPT, scope="c", options=OPTIONS)
+    wanted = plain(tiny_ouroboros.model, tiny_ouroboros.encode(PROMPT), 40)
+    assert list(tiny_ouroboros.generate(PROMPT, scope="c", options=OPTIONS).token_ids) == wanted
+
+
+def test_a_draft_model_drafts() -> None:
+    tokenizer = byte_tokenizer()
+    with Ouroboros(tiny_model("qwen3"), tokenizer, draft_model=(tiny_model("qwen3"), tokenizer)) as ouroboros:
+        for _ in range(2):
+            result = ouroboros.generate(PROMPT, options=OPTIONS)
+            assert list(result.token_ids) == plain(ouroboros.model, ouroboros.encode(PROMPT), 40)
+            if not _:
+                assert result.statistics.draft_forwards > 0
+                assert result.statistics.accepted_by_source["draft_model"] > 0
+                # A draft model equal to the target is believed, so rounds are long even with empty pools.
+                assert result.statistics.mean_acceptance_length > 2
+
+
+def test_no_drafts_on_demand(tiny_ouroboros: Ouroboros) -> None:
+    result = tiny_ouroboros.generate(PROMPT, options=DecodingOptions(max_new_tokens=20, max_draft_tokens=0))
+    assert result.statistics.mean_acceptance_length == 1.0 and result.statistics.drafted_tokens == 0
+
+
+def test_draft_models_of_another_vocabulary_are_refused() -> None:
+    other = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend_tokenizer)
+    other.add_tokens(["<new>"])
+    with pytest.raises(TokenizerMismatchError, match="draft_model must share"):
+        Ouroboros(tiny_model(), byte_tokenizer(), draft_model=(tiny_model("qwen3"), other))
+
+
+@pytest.mark.parametrize("draft_model", [5, ("only one",), object()])
+def test_draft_models_of_another_type_are_refused(draft_model: Any) -> None:
+    with pytest.raises(OptionError, match="draft_model"):
+        Ouroboros(tiny_model(), byte_tokenizer(), draft_model=draft_model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (dict(prompt=""), PromptError, "empty"),
+        (dict(prompt=[]), PromptError, "empty"),
+        (dict(prompt=[5] * 512), ContextLengthError, "512 tokens"),
+        (dict(prompt="x" * 2000), ContextLengthError, "2000 tokens"),
+        (dict(prompt="x", scope=""), OptionError, "scope"),
+        (dict(prompt="x", scope="a\nb"), OptionError, "printable"),
+        (dict(prompt="x", scope="s" * 256), OptionError, "255"),
+        (dict(prompt="x", scope=42), OptionError, "42"),
+        (dict(prompt="x", read_scopes="corpus:x"), OptionError, "read_scopes"),
+        (dict(prompt="x", read_scopes=["a", ""]), OptionError, r"read_scopes\[1\]"),
+        (dict(prompt="x", max_new_tokens=5), TypeError, "max_new_tokens"),
+    ],
+)
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_bad_calls_fail_at_once(
+    tiny_ouroboros: Ouroboros, method: str, arguments: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        getattr(tiny_ouroboros, method)(**arguments)
+
+
+def test_unknown_targets_are_refused() -> None:
+    with pytest.raises(OptionError, match="target must be"):
+        Ouroboros(tiny_model(), byte_tokenizer(), target="fast")
+
+
+class BrokenSource(MemorySource):
+    def open(self, scope: str, *, fingerprint: str) -> MemoryPool:
+        raise StoreError("the database is gone")
+
+
+def test_a_store_that_breaks_costs_speed_not_answers() -> None:
+    with Ouroboros(tiny_model(), byte_tokenizer(), store=BrokenSource()) as ouroboros:
+        with pytest.warns(RuntimeWarning, match="the database is gone"):
+            result = ouroboros.generate(PROMPT, options=OPTIONS)
+        assert list(result.token_ids) == plain(ouroboros.model, ouroboros.encode(PROMPT), 40)
+
+
+@pytest.mark.parametrize("url", ["sqlite:////no/such/folder/at/all\0/x.db", "nosuchdialect://x", "phrases.db"])
+def test_a_store_that_cannot_be_opened_is_one_warning(url: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Ouroboros(tiny_model(), byte_tokenizer(), store=url) as ouroboros:
+            for _ in range(2):
+                result = ouroboros.generate(PROMPT, options=OPTIONS)
+    assert list(result.token_ids) == plain(tiny_model(), byte_tokenizer()(PROMPT)["input_ids"], 40)
+    assert len([warning for warning in caught if issubclass(warning.category, RuntimeWarning)]) == 1
+
+
+def test_closing_twice_is_closing_once(tiny_ouroboros: Ouroboros) -> None:
+    tiny_ouroboros.close()
+    tiny_ouroboros.close()
