@@ -39,7 +39,9 @@ def check_scope(scope: object, name: str = "scope") -> str:
 def check_scopes(scopes: Sequence[str], name: str = "read_scopes") -> list[str]:
     """`scopes` as a list; raises OptionError where it is no sequence of names."""
     if isinstance(scopes, str):
-        raise OptionError(f"{name} must be a sequence of scopes, but got the string {scopes!r:.80}; write [{scopes!r:.80}]")
+        raise OptionError(
+            f"{name} must be a sequence of scopes, but got the string {scopes!r:.80}; write [{scopes!r:.80}]"
+        )
     return [check_scope(scope, f"{name}[{number}]") for number, scope in enumerate(scopes)]
 
 

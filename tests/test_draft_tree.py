@@ -50,9 +50,7 @@ def test_fitted_drafts_are_trees_within_the_budget(tree: DraftTree, width: int, 
 
 
 @given(trees(), st.lists(st.integers(0, 5), min_size=30, max_size=30), st.integers(1, 30), st.sets(st.integers(0, 5)))
-def test_acceptance_emits_the_target_s_choices(
-    tree: DraftTree, wanted: list[int], limit: int, ends: set[int]
-) -> None:
+def test_acceptance_emits_the_target_s_choices(tree: DraftTree, wanted: list[int], limit: int, ends: set[int]) -> None:
     """Whatever the tree, what is emitted is a prefix of what the target wants, and as long as the tree allows."""
     accepted = accept(tree, lambda node, emitted: wanted[len(emitted)], limit=limit, end_token_ids=ends)
     emitted = list(accepted.token_ids)

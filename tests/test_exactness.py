@@ -57,7 +57,10 @@ def test_pools_change_no_token(architecture: str, contents: str) -> None:
         wanted = plain(tiny_model(architecture), ids(prompt), TOKENS)
         for width in (None, 2, 5, 64):
             pool = pool_of(contents, wanted)
-            assert decode(architecture, ids(prompt), PhraseDrafter([pool], write=pool), width) == wanted, (prompt, width)
+            assert decode(architecture, ids(prompt), PhraseDrafter([pool], write=pool), width) == wanted, (
+                prompt,
+                width,
+            )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "mistral_sliding", "gemma3_mixed"])

@@ -160,9 +160,7 @@ def test_threads_get_their_own_answers(tiny_ouroboros: Ouroboros) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert answers == {
-        prompt: plain(tiny_ouroboros.model, tiny_ouroboros.encode(prompt), 40) for prompt in prompts
-    }
+    assert answers == {prompt: plain(tiny_ouroboros.model, tiny_ouroboros.encode(prompt), 40) for prompt in prompts}
 
 
 def test_an_error_in_a_round_leaves_the_object_usable(

@@ -78,8 +78,14 @@ def test_temperature_unset_is_greedy_whatever_the_model_s_configuration() -> Non
 
 def test_penalties_on_the_output_only() -> None:
     """Against a loop that applies the OpenAI formula to every step."""
-    model, options = tiny_model("qwen3"), DecodingOptions(
-        max_new_tokens=TOKENS, presence_penalty=2.0, frequency_penalty=1.5, logit_bias={50: 3.0, 51: -100.0, 10**6: 5.0}
+    model, options = (
+        tiny_model("qwen3"),
+        DecodingOptions(
+            max_new_tokens=TOKENS,
+            presence_penalty=2.0,
+            frequency_penalty=1.5,
+            logit_bias={50: 3.0, 51: -100.0, 10**6: 5.0},
+        ),
     )
     with Ouroboros(model, byte_tokenizer()) as ouroboros:
         text, wanted = ouroboros.encode(PROMPT), list[int]()
@@ -161,7 +167,9 @@ def test_exact_sampling_redraws_with_the_same_noise() -> None:
     plainly = sampler_for(model, DecodingOptions(temperature=1.0, seed=3), 4, 20, margin=0.5)
     outputs = []
     for sampler in (wary, plainly):
-        decoder = Decoder(ScriptedTarget(lambda text: torch.randn(9, generator=_seeded(text))), Forced("full", 9), width=64)
+        decoder = Decoder(
+            ScriptedTarget(lambda text: torch.randn(9, generator=_seeded(text))), Forced("full", 9), width=64
+        )
         outputs.append([t for round in decoder.rounds([1, 2], sampler, limit=20) for t in round.token_ids])
     assert outputs[0] == outputs[1]
 

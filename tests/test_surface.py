@@ -12,9 +12,7 @@ ROOT = Path(__file__).parent.parent
 def test_public_names_are_pinned() -> None:
     assert ouroboros_llm.__all__ == sorted(ouroboros_llm.__all__, key=str)
     public = {
-        name
-        for name, value in vars(ouroboros_llm).items()
-        if not name.startswith("_") and not inspect.ismodule(value)
+        name for name, value in vars(ouroboros_llm).items() if not name.startswith("_") and not inspect.ismodule(value)
     }
     assert public | {"__version__"} == set(ouroboros_llm.__all__)
 

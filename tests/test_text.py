@@ -31,7 +31,9 @@ def test_token_ids_are_taken_as_they_are(tokenizer: PreTrainedTokenizerFast) -> 
     assert encode(tokenizer, (5, 6)) == [5, 6]
 
 
-@pytest.mark.parametrize("prompt", ["", [], (), None, 5, b"ab", [5, "x"], [-1], [1.5], [MESSAGES[0], 5], {"role": "user"}])
+@pytest.mark.parametrize(
+    "prompt", ["", [], (), None, 5, b"ab", [5, "x"], [-1], [1.5], [MESSAGES[0], 5], {"role": "user"}]
+)
 def test_what_is_no_prompt_is_refused(tokenizer: PreTrainedTokenizerFast, prompt: object) -> None:
     with pytest.raises(PromptError, match="prompt"):
         encode(tokenizer, prompt)  # type: ignore[arg-type]

@@ -1,0 +1,148 @@
+"""What SQLite needs that a server does not: a file of the right mode, pragmas, and a way out of corruption."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from contextlib import suppress
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+from sqlalchemy import URL, Connection
+
+from ouroboros_llm.errors import StoreError
+
+BUSY_MILLISECONDS = 1000
+"""How long SQLite itself waits for another writer."""
+
+_CHECKED_BYTES = 256 << 20
+"""Larger files are not read through when they are opened: a second per gigabyte or more would be noticed."""
+
+_COMPANIONS = ("", "-wal", "-shm", "-journal")
+
+
+class CorruptFileError(StoreError):
+    """The file is damaged, or no SQLite database at all."""
+
+
+def in_memory(url: URL) -> bool:
+    database = url.database or ":memory:"
+    return ":memory:" in database or url.query.get("mode") == "memory" or "mode=memory" in database
+
+
+class SqliteFile:
+    """The file behind a SQLite URL."""
+
+    def __init__(self, url: URL) -> None:
+        database = str(url.database)
+        uri = database.startswith("file:")
+        self.path = Path(unquote(urlsplit(database).path) if uri else database).absolute()
+        self.read_only = uri and url.query.get("mode") == "ro" or "mode=ro" in database
+        self._identity: tuple[int, int] | None = None
+
+    def prepare(self, create: bool) -> None:
+        """Make the folder and an empty file that only its owner can read, where there is none."""
+        try:
+            if create and not self.read_only:
+                self._create()
+            self._identity = self._identify()
+        except OSError as error:
+            raise StoreError(f"store file {self.path} cannot be opened or created: {error.strerror}") from error
+        if self._identity is None:
+            raise StoreError(f"store file {self.path} does not exist, and may not be created; correct the path")
+
+    def set_aside(self) -> Path:
+        """Rename the file and its companions to `*.corrupt-<time>`; returns the new name."""
+        moved = self._free_name()
+        # Another process may have found the damage first and put a sound file here.
+        if self._identify() != self._identity:
+            return moved
+        try:
+            for companion in _COMPANIONS:
+                source = self.path.with_name(self.path.name + companion)
+                if source.exists():
+                    os.replace(source, moved.with_name(moved.name + companion))
+        except OSError as error:
+            raise StoreError(f"damaged store file {self.path} cannot be set aside: {error.strerror}") from error
+        return moved
+
+    def is_frozen(self) -> bool:
+        """Whether nothing can be written beside the file, not even what SQLite needs for reading next to a writer."""
+        wal = self.path.with_name(self.path.name + "-wal")
+        return self.path.is_file() and not os.access(self.path.parent, os.W_OK) and not wal.exists()
+
+    def immutable_url(self) -> URL:
+        """Reads the file as it lies there, without locks and companions."""
+        return URL.create("sqlite", database=f"file:{quote(str(self.path))}", query={"immutable": "1", "uri": "true"})
+
+    def _create(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            # SQLite gives its companion files the mode of this one.
+            os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600))
+
+    def _free_name(self) -> Path:
+        now = datetime.now()
+        while (name := self.path.with_name(f"{self.path.name}.corrupt-{now:%Y%m%dT%H%M%S}")).exists():
+            now += timedelta(seconds=1)
+        return name
+
+    def _identify(self) -> tuple[int, int] | None:
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            return None
+        return status.st_dev, status.st_ino
+
+
+def set_pragmas(connection: sqlite3.Connection, _: Any) -> None:
+    """For each new connection. None of these writes to the file."""
+    connection.execute(f"PRAGMA busy_timeout = {BUSY_MILLISECONDS}")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA secure_delete = ON")
+
+
+def check(connection: Connection) -> None:
+    """Raise CorruptFileError where SQLite finds damage; a file that is no database at all makes SQLite raise itself."""
+    pages, page_bytes = (connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("page_count", "page_size"))
+    if (pages or 0) * (page_bytes or 0) > _CHECKED_BYTES:
+        return
+    found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+    if found != "ok":
+        raise CorruptFileError(f"damaged SQLite file: {found}")
+
+
+def begin(connection: Connection) -> None:
+    """Start a transaction that writes: a deferred one may read first and then find the database changed."""
+    driver: Any = connection.connection.dbapi_connection
+    # Deleted and overwritten rows become zeros, also through an engine that the user configured.
+    connection.exec_driver_sql("PRAGMA secure_delete = ON")
+    if not driver.in_transaction:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def use_wal(connection: Connection) -> None:
+    """Readers and one writer side by side. The file remembers it."""
+    if connection.exec_driver_sql("PRAGMA journal_mode").scalar() != "wal":
+        connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+
+
+def checkpoint(connection: Connection) -> bool:
+    """Copy the write-ahead log into the file and empty it; False where another connection is in the way."""
+    return bool(connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0] == 0)
+
+
+def is_corrupt(error: sqlite3.Error) -> bool:
+    return _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def is_busy(error: sqlite3.Error) -> bool:
+    return _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def _code(error: sqlite3.Error) -> int:
+    """The primary part of SQLite's result code; 0 where there is none."""
+    return int(getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF

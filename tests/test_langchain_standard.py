@@ -1,0 +1,37 @@
+"""LangChain's own conformance suites, without weights: by its name alone, and over a tiny random model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from langchain_core.language_models import BaseChatModel
+from langchain_tests.integration_tests import ChatModelIntegrationTests
+from langchain_tests.unit_tests import ChatModelUnitTests
+
+from langchain_ouroboros import ChatOuroboros
+from ouroboros_llm import Ouroboros
+
+
+class TestUnit(ChatModelUnitTests):
+    @property
+    def chat_model_class(self) -> type[BaseChatModel]:
+        return ChatOuroboros
+
+    @property
+    def init_from_env_params(self) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
+        return {"OUROBOROS_MODEL": "qwen2.5-0.5b-instruct"}, {}, {"model": "qwen2.5-0.5b-instruct"}
+
+
+class TestIntegration(ChatModelIntegrationTests):
+    @pytest.fixture(autouse=True)
+    def _take_tiny_ouroboros(self, tiny_ouroboros: Ouroboros) -> None:
+        self.tiny_ouroboros = tiny_ouroboros
+
+    @property
+    def chat_model_class(self) -> type[BaseChatModel]:
+        return ChatOuroboros
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {"ouroboros": self.tiny_ouroboros, "max_tokens": 20}
