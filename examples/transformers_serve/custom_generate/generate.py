@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from transformers import AutoTokenizer, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 
 from ouroboros_llm import MemoryPool, OptionError, PhrasePool, PoolSource, StoreError, custom_generate
 from ouroboros_llm.defaults import default_store
@@ -45,7 +45,8 @@ def generate(model: PreTrainedModel, **arguments: Any) -> Any:
 
     try:
         # The class's method: the model's own attribute is this very function.
-        return type(model).generate(model, **_with_stop_criteria(arguments), custom_generate=decode)  # type: ignore[operator]
+        method: Any = type(model).generate  # type: ignore[attr-defined]
+        return method(model, **_with_stop_criteria(arguments), custom_generate=decode)
     finally:
         if not isinstance(pool, MemoryPool):
             _store().flush()
@@ -66,7 +67,7 @@ def _with_stop_criteria(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pool(model: PreTrainedModel, conversation: Any) -> PhrasePool:
-    """A conversation's own phrases, or none. Requests share nothing that they did not ask for: speed can be observed."""
+    """A conversation's own phrases, or none: requests share only what they asked for, because speed can be observed."""
     if conversation is None:
         return MemoryPool()
     scope = f"conversation:{check_scope(conversation, 'ouroboros_conversation')}"
