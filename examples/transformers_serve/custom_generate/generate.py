@@ -7,19 +7,17 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from functools import cache
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 
-from ouroboros_llm import MemoryPool, OptionError, PhrasePool, PoolSource, StoreError, custom_generate
+from ouroboros_llm import MemoryPool, OptionError, PhrasePool, PoolSource, custom_generate
 from ouroboros_llm.defaults import default_store
-from ouroboros_llm.phrases import MemorySource, check_scope
-from ouroboros_llm.sources import open_pool
+from ouroboros_llm.phrases import check_scope
+from ouroboros_llm.sources import open_pool, open_source
 from ouroboros_llm.text import vocabulary_hash
-from ouroboros_storage import PhraseStore
 
 
 def generate(model: PreTrainedModel, **arguments: Any) -> Any:
@@ -76,12 +74,8 @@ def _pool(model: PreTrainedModel, conversation: Any) -> PhrasePool:
 
 @cache
 def _store() -> PoolSource:
-    """The process's store; memory where it cannot be opened, because it costs speed and never an answer."""
-    try:
-        return PhraseStore(default_store())
-    except StoreError as error:
-        warnings.warn(f"{error}; phrases stay in memory and are forgotten at exit", RuntimeWarning, stacklevel=2)
-        return MemorySource()
+    """The process's store."""
+    return open_source(default_store())
 
 
 @cache
