@@ -6,7 +6,7 @@ import warnings
 from importlib.metadata import entry_points
 from typing import Any
 
-from .errors import StoreError
+from .errors import MissingExtraError, StoreError
 from .phrases import MemorySource, PhrasePool, PoolSource
 
 ENTRY_POINTS = "ouroboros_llm.stores"
@@ -25,7 +25,7 @@ def open_source(store: Any) -> PoolSource:
     try:
         source: PoolSource = _store_class()(store)
         return source
-    except StoreError as error:
+    except (StoreError, MissingExtraError) as error:
         warnings.warn(f"{error}; phrases stay in memory and are forgotten at exit", RuntimeWarning, stacklevel=3)
         return MemorySource()
 

@@ -48,8 +48,9 @@ class SqliteFile:
             if create and not self.read_only:
                 self._create()
             self._identity = self._identify()
-        except OSError as error:
-            raise StoreError(f"store file {self.path} cannot be opened or created: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # a null byte in a path is a ValueError
+            reason = getattr(error, "strerror", None) or error
+            raise StoreError(f"store file {str(self.path)!r} cannot be opened or created: {reason}") from error
         if self._identity is None:
             raise StoreError(f"store file {self.path} does not exist, and may not be created; correct the path")
 
