@@ -65,7 +65,7 @@ def shared(
         str(draft_model),
         device,
         str(dtype),
-        store if isinstance(store, (str, type(None))) else id(store),
+        store,
         target,
     )
     with _lock:

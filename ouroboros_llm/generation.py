@@ -16,7 +16,8 @@ from .drafting.phrases import PhraseDrafter
 from .errors import OptionError
 from .phrases import PhrasePool
 from .sampling import Sampler, end_token_ids
-from .target.prepared import prepare
+from .target.eager import vocabulary_size
+from .target.prepared import locked, prepare
 
 _UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 _PREPARED = {"attention_mask", "past_key_values", "cache_params", "position_ids", "logits_to_keep", "use_cache"}
@@ -49,7 +50,7 @@ def custom_generate(
         OptionError: for what is not honored: batches, beams, several sequences, an assistant model, padding, scores.
     """
     config = generation_config or model.generation_config
-    _check(config, input_ids, model_kwargs)
+    _check(model, config, input_ids, model_kwargs)
     prompt = input_ids[0].tolist()
     decoder = Decoder(prepare(model).start(), PhraseDrafter([phrase_pool] if phrase_pool else [], write=phrase_pool))
     sampler = Sampler(logits_processor or (), sample=bool(config.do_sample))
@@ -73,7 +74,7 @@ def custom_generate(
 
 def _locked(model: PreTrainedModel, rounds: Iterator[Round]) -> Iterator[Round]:
     while True:
-        with prepare(model).lock:
+        with locked(prepare(model)):
             round = next(rounds, None)
         if round is None:
             return
@@ -94,7 +95,9 @@ def _until_stopped(rounds: Iterator[Round], input_ids: torch.Tensor, criteria: A
         yield taken
 
 
-def _check(config: GenerationConfig, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+def _check(
+    model: PreTrainedModel, config: GenerationConfig, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
+) -> None:
     given = _arguments_of_generate()
     mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
     refused = {
@@ -102,6 +105,7 @@ def _check(config: GenerationConfig, input_ids: torch.Tensor, model_kwargs: dict
         f"num_return_sequences={config.num_return_sequences}": (config.num_return_sequences or 1) > 1,
         f"a batch of {len(input_ids)}": len(input_ids) > 1,
         "an empty prompt": input_ids.shape[1] == 0,
+        "token ids outside the vocabulary": bool((input_ids >= vocabulary_size(model)).any()),
         "padding in attention_mask": mask is not None and not bool(mask.all()),
         "a filled past_key_values": cache is not None and bool(cache.get_seq_length()),
         "assistant_model": given.get("assistant_model") is not None,

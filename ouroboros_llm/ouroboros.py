@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import ContextLengthError, OptionError, TokenizerMismatchError
+from .errors import ContextLengthError, ModelError, OptionError, PromptError, TokenizerMismatchError
 from .options import DecodingOptions
-from .phrases import PoolSource, check_scope, check_scopes
+from .phrases import PhrasePool, PoolSource, check_scope, check_scopes
 from .session import Session, Sessions, Workspace
-from .sources import open_pool, open_source
+from .sources import flush, open_pool, open_source
 from .statistics import GenerationResult, Piece
 from .target.eager import vocabulary_size
 from .target.prepared import PreparedModel, prepare
@@ -64,6 +64,11 @@ class Ouroboros:
         """
         if target not in ("auto", "eager"):
             raise OptionError(f"target must be 'auto' or 'eager', but got {target!r}")
+        if not isinstance(model, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise OptionError(
+                f"model and tokenizer must be loaded ones, but got {type(model).__name__} and "
+                f"{type(tokenizer).__name__}; to load a model by name, use Ouroboros.from_pretrained"
+            )
         self.model, self.tokenizer = model, tokenizer
         self.name = str(model.config._name_or_path or type(model).__name__)
         self.fingerprint = vocabulary_hash(tokenizer)
@@ -101,8 +106,7 @@ class Ouroboros:
     @property
     def context_length(self) -> int | None:
         """Tokens of prompt and output together at most; None where the model names no limit."""
-        length = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        return int(length) if length else None
+        return self._prepared.context_length
 
     def encode(self, prompt: Prompt, *, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """Token ids of a prompt: text as it is, messages through the chat template. Raises PromptError."""
@@ -144,8 +148,15 @@ class Ouroboros:
         Raises:
             PromptError, ContextLengthError, OptionError: before anything is decoded.
         """
-        options = options or DecodingOptions()
+        options = DecodingOptions() if options is None else options
+        if not isinstance(options, DecodingOptions):
+            raise OptionError(f"options must be DecodingOptions or None, but got {type(options).__name__}")
         prompt_ids = self.encode(prompt, tools=tools)
+        if max(prompt_ids) >= vocabulary_size(self.model):
+            raise PromptError(
+                f"prompt holds the token id {max(prompt_ids)}, but {self.name} knows ids below "
+                f"{vocabulary_size(self.model)}; use the tokenizer that belongs to the model"
+            )
         limit = self._limit(len(prompt_ids), options)
         session = self._sessions.open(check_scope(DEFAULT_SCOPE if scope is None else scope))
         return self._stream(prompt_ids, limit, session, check_scopes(read_scopes), options)
@@ -170,16 +181,19 @@ class Ouroboros:
     def _stream(
         self, prompt_ids: list[int], limit: int, session: Session, read_scopes: list[str], options: DecodingOptions
     ) -> Iterator[Piece]:
+        write = open_pool(self.store, session.scope, self.fingerprint)
+        session = self._current(session, write)
         workspace = self._sessions.take(session) or Workspace(
             self._prepared.start(), self._draft.start() if self._draft else None
         )
         try:
             turn = Turn(
                 self._prepared,
+                self._draft,
                 self.tokenizer,
                 session,
                 workspace,
-                write=open_pool(self.store, session.scope, self.fingerprint),
+                write=write,
                 read=[open_pool(self.store, scope, self.fingerprint) for scope in read_scopes],
                 prompt_ids=prompt_ids,
                 limit=limit,
@@ -188,7 +202,16 @@ class Ouroboros:
             yield from turn.pieces()
         finally:
             self._sessions.give_back(session, workspace)
-            self.store.flush()
+            flush(self.store)
+
+    def _current(self, session: Session, pool: PhrasePool) -> Session:
+        """The session, or a new one if its scope was deleted since."""
+        generation = getattr(pool, "generation", None)
+        if session.generation is not None and session.generation != generation:
+            self._sessions.forget(session)
+            session = self._sessions.open(session.scope)
+        session.generation = generation
+        return session
 
     def _limit(self, prompt_length: int, options: DecodingOptions) -> int:
         """Tokens to generate at most: what was asked for, as far as the context reaches."""
@@ -214,7 +237,14 @@ class Ouroboros:
                 f"draft_model must embed all {len(self.tokenizer)} tokens of the target's tokenizer, "
                 f"but it has {vocabulary_size(model)}; choose a smaller model of the same family"
             )
-        return prepare(model)
+        prepared = prepare(model)
+        if not Workspace(prepared.start()).reusable:
+            raise ModelError(
+                "draft_model must be able to drop tokens it has read, but "
+                f"{model.config._name_or_path or type(model).__name__} keeps states that cannot be rewound; "
+                "choose a model with attention layers only"
+            )
+        return prepared
 
 
 def _draft_pair(draft_model: Any, model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:

@@ -103,6 +103,7 @@ class MemoryPool:
 
     _ORDERS = (8, 4, 2, 1)
     _MATCHES = 16
+    _PLACES = 64
     _BORDER = -1
 
     def __init__(self, capacity: int = 1_000_000) -> None:
@@ -145,7 +146,7 @@ class MemoryPool:
         return PoolStats(runs=len(self._counts), tokens=len(self._token_ids) - len(self._counts))
 
     def _match_order(self, tail: tuple[int, ...], order: int, found: dict[int, Phrase]) -> None:
-        for place in reversed(self._places.get(hash(tail[-order:]), ())):
+        for place in self._places.get(hash(tail[-order:]), ())[: -self._PLACES - 1 : -1]:
             if len(found) >= self._MATCHES:
                 return
             length = self._agreement(place, tail) if place not in found else 0
@@ -209,13 +210,15 @@ class MemorySource:
         """`scopes`: pools kept at most; `capacity`: tokens per pool."""
         self._scopes, self._capacity = scopes, capacity
         self._pools: OrderedDict[tuple[str, str], MemoryPool] = OrderedDict()
+        self._lock = threading.RLock()
 
     def open(self, scope: str, *, fingerprint: str) -> PhrasePool:
-        pool = self._pools.setdefault((scope, fingerprint), MemoryPool(self._capacity))
-        self._pools.move_to_end((scope, fingerprint))
-        while len(self._pools) > self._scopes:
-            self._pools.popitem(last=False)
-        return pool
+        with self._lock:
+            pool = self._pools.setdefault((scope, fingerprint), MemoryPool(self._capacity))
+            self._pools.move_to_end((scope, fingerprint))
+            while len(self._pools) > self._scopes:
+                self._pools.popitem(last=False)
+            return pool
 
     def flush(self) -> None:
         """Nothing is ever written."""

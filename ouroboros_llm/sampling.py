@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig
 
 from .options import DecodingOptions
 from .verification import Choose
@@ -32,45 +32,37 @@ class Sampler:
         sample: bool = False,
         margin: float = 0.0,
     ) -> None:
-        """`margin`: scores closer than this are left to a pass over one token to decide; 0 decides all at once."""
+        """`margin`: greedy scores closer than this are left to a pass over one token; 0 decides all at once."""
         self._processors, self._generator, self._sample, self._margin = tuple(processors), generator, sample, margin
 
     def chooser(self, logits: torch.Tensor, likeliest: Sequence[int], context: Sequence[int]) -> Choose:
         plain = not (self._processors or self._sample)
         wary = self._margin > 0 and len(logits) > 1
+        text = torch.tensor([list(context)], device=logits.device) if self._processors else None
 
         def choose(node: int, emitted: list[int]) -> int | None:
             if plain and not wary:
                 return likeliest[node]
-            scores = self._scores(logits[node : node + 1], [*context, *emitted])
-            return self._choose(scores, self._margin if wary else 0.0)
+            scores = self._scores(logits[node : node + 1], text, emitted)
+            if self._sample:
+                return self._draw(scores)
+            return None if wary and _lead(scores) <= self._margin else int(scores.argmax())
 
         return choose
 
-    def _scores(self, row: torch.Tensor, text: list[int]) -> torch.Tensor:
+    def _scores(self, row: torch.Tensor, text: torch.Tensor | None, emitted: list[int]) -> torch.Tensor:
         scores = row.to(torch.float32, copy=True)
-        if self._processors:
-            ids = torch.tensor([text], device=row.device)
+        if text is not None:
+            ids = torch.cat([text, text.new_tensor([emitted])], dim=1) if emitted else text
             for process in self._processors:
                 scores = process(ids, scores)
         return scores
 
-    def _choose(self, scores: torch.Tensor, margin: float) -> int | None:
-        if self._sample:
-            return self._draw(scores, margin)
-        if margin and _lead(scores) <= margin:
-            return None
-        return int(scores.argmax())
-
-    def _draw(self, scores: torch.Tensor, margin: float) -> int | None:
-        state = self._generator.get_state() if margin and self._generator else None
+    def _draw(self, scores: torch.Tensor) -> int:
         probabilities = scores.softmax(-1)
-        noise = torch.empty_like(probabilities).exponential_(1, generator=self._generator)
-        races = probabilities / noise
-        if state is not None and self._generator is not None and _lead(races.log()) <= margin:
-            self._generator.set_state(state)
-            return None
-        return int(races.argmax())
+        return int(
+            (probabilities / torch.empty_like(probabilities).exponential_(1, generator=self._generator)).argmax()
+        )
 
 
 def _lead(scores: torch.Tensor) -> float:
@@ -79,7 +71,7 @@ def _lead(scores: torch.Tensor) -> float:
     return float(best[0] - best[1])
 
 
-class LogitBias(LogitsProcessor):
+class LogitBias:
     """Adds a number to the logits of given tokens."""
 
     def __init__(self, biases: Mapping[int, float]) -> None:
@@ -91,7 +83,7 @@ class LogitBias(LogitsProcessor):
         return scores
 
 
-class OutputPenalty(LogitsProcessor):
+class OutputPenalty:
     """Presence and frequency penalties as the OpenAI interface defines them: for tokens of the output alone."""
 
     def __init__(self, presence: float, frequency: float, prompt_length: int) -> None:
@@ -122,14 +114,13 @@ def sampler_for(model: Any, options: DecodingOptions, prompt_length: int, limit:
     generator = None
     if not options.greedy and options.seed is not None:
         generator = torch.Generator(model.device).manual_seed(options.seed)
-    elif not options.greedy and options.exact:
-        generator = torch.Generator(model.device)
-        generator.seed()
-    return Sampler(processors, generator=generator, sample=not options.greedy, margin=margin if options.exact else 0.0)
+    # A penalty stretches the distance between two logits, and so what rounding does to it.
+    margin *= max(config.repetition_penalty or 1.0, 1 / (config.repetition_penalty or 1.0)) if options.exact else 0.0
+    return Sampler(processors, generator=generator, sample=not options.greedy, margin=margin)
 
 
-def _own_processors(options: DecodingOptions, prompt_length: int) -> list[LogitsProcessor]:
-    processors: list[LogitsProcessor] = []
+def _own_processors(options: DecodingOptions, prompt_length: int) -> list[Process]:
+    processors: list[Process] = []
     if options.logit_bias:
         processors.append(LogitBias(options.logit_bias))
     if options.presence_penalty or options.frequency_penalty:

@@ -7,11 +7,12 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from .drafting.calibration import Calibration
+from .drafting.draft_model import Worth
 from .target.base import TargetModel
 from .target.eager import EagerTarget
 
 KV_BYTES = 1 << 30
-"""Keys and values kept between turns, all sessions together."""
+"""Keys and values kept between turns, all sessions of one `Ouroboros` together."""
 
 
 @dataclass(eq=False)
@@ -20,6 +21,11 @@ class Workspace:
 
     target: TargetModel
     draft_target: TargetModel | None = None
+
+    @property
+    def reusable(self) -> bool:
+        """Whether a next turn can go on from here instead of reading its prompt anew."""
+        return isinstance(self.target, EagerTarget) and self.target.cache.can_rewind
 
     @property
     def nbytes(self) -> int:
@@ -35,6 +41,9 @@ class Session:
     phrase_calibration: Calibration = field(default_factory=Calibration)
     draft_calibration: Calibration = field(default_factory=Calibration)
     draft_phrase_calibration: Calibration = field(default_factory=Calibration)
+    draft_worth: Worth = field(default_factory=Worth)
+    generation: object = None
+    """Changes when the scope's phrases are deleted; what was read and learned goes with them."""
     idle: Workspace | None = None
     """What the last turn left; the next one reuses the prefix that their texts share."""
 
@@ -45,7 +54,8 @@ class Sessions:
     def __init__(self, capacity: int = 256, kv_bytes: int = KV_BYTES) -> None:
         self._capacity, self._kv_bytes = capacity, kv_bytes
         self._sessions: OrderedDict[str, Session] = OrderedDict()
-        self._lock = threading.Lock()
+        # Re-entrant: an abandoned stream may be finalized by the garbage collector at any allocation, in here too.
+        self._lock = threading.RLock()
 
     def open(self, scope: str) -> Session:
         with self._lock:
@@ -62,7 +72,9 @@ class Sessions:
             return workspace
 
     def give_back(self, session: Session, workspace: Workspace) -> None:
-        """Keep a turn's workspace for the next turn of its scope, as far as memory allows."""
+        """Keep a turn's workspace for the next turn of its scope, if it can be rewound and as far as memory allows."""
+        if not workspace.reusable:
+            return
         with self._lock:
             session.idle = workspace
             size = 0
@@ -71,5 +83,12 @@ class Sessions:
                 if size > self._kv_bytes:
                     other.idle = None
 
+    def forget(self, session: Session) -> None:
+        """Drop what a session has read and learned."""
+        with self._lock:
+            if self._sessions.get(session.scope) is session:
+                del self._sessions[session.scope]
+
     def clear(self) -> None:
-        self._sessions.clear()
+        with self._lock:
+            self._sessions.clear()

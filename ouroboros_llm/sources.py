@@ -34,9 +34,17 @@ def open_pool(source: PoolSource, scope: str, fingerprint: str) -> PhrasePool:
     """The pool of `scope`, or an empty one with a warning where the store fails."""
     try:
         return source.open(scope, fingerprint=fingerprint)
-    except StoreError as error:
+    except Exception as error:  # whatever a store raises, it costs speed and never an answer
         warnings.warn(f"{error}; {scope} starts without its phrases", RuntimeWarning, stacklevel=3)
         return MemorySource().open(scope, fingerprint=fingerprint)
+
+
+def flush(source: PoolSource) -> None:
+    """Flush at the end of a turn; a store that fails is a warning."""
+    try:
+        source.flush()
+    except Exception as error:
+        warnings.warn(f"phrases could not be kept: {error}", RuntimeWarning, stacklevel=3)
 
 
 def _store_class() -> Any:

@@ -175,6 +175,9 @@ class Transcript:
         if self._stop_strings.found:
             return ""
         text = self._stop_strings.push(self._detokenizer.flush())
-        text += "" if self._stop_strings.found else self._stop_strings.flush()
+        if self._stop_strings.found:
+            self.ended = True
+        else:
+            text += self._stop_strings.flush()
         self.text += text
         return text

@@ -18,7 +18,7 @@ from .sampling import end_token_ids, sampler_for
 from .session import Session, Workspace
 from .statistics import FinishReason, GenerationResult, Piece, Tally, Usage
 from .target.eager import EagerTarget
-from .target.prepared import PreparedModel
+from .target.prepared import PreparedModel, locked
 from .text import Transcript
 
 
@@ -28,6 +28,7 @@ class Turn:
     def __init__(
         self,
         prepared: PreparedModel,
+        draft: PreparedModel | None,
         tokenizer: PreTrainedTokenizerBase,
         session: Session,
         workspace: Workspace,
@@ -39,7 +40,8 @@ class Turn:
         options: DecodingOptions,
     ) -> None:
         """`write`: the pool of the session's scope; `read`: further pools; `limit`: tokens to generate at most."""
-        self._prepared, self._session, self._workspace, self._write = prepared, session, workspace, write
+        self._prepared, self._draft = prepared, draft
+        self._session, self._workspace, self._write = session, workspace, write
         self._prompt_ids, self._limit, self._options = prompt_ids, limit, options
         self._end_token_ids = end_token_ids(prepared.model.generation_config)
         self._transcript = Transcript(tokenizer, options.stop, self._end_token_ids)
@@ -58,7 +60,11 @@ class Turn:
         yield Piece(tail, (), self._result(cached))
 
     def _rounds(self) -> Iterator[Round]:
-        width = None if self._options.max_draft_tokens is None else min(1 + self._options.max_draft_tokens, MAX_WIDTH)
+        options = self._options
+        width = None if options.max_draft_tokens is None else min(1 + options.max_draft_tokens, MAX_WIDTH)
+        if options.exact and not options.greedy:
+            # Rounding moves more than near-ties: probabilities, and which tokens survive a cut-off.
+            width = 1
         decoder = Decoder(self._workspace.target, self._drafter, width=width)
         sampler = sampler_for(
             self._prepared.model, self._options, len(self._prompt_ids), self._limit, self._prepared.probe.margin
@@ -66,7 +72,7 @@ class Turn:
         return decoder.rounds(self._prompt_ids, sampler, limit=self._limit, end_token_ids=self._end_token_ids)
 
     def _next(self, rounds: Iterator[Round]) -> Round | None:
-        with self._prepared.lock:
+        with locked(self._prepared, self._draft):
             began = perf_counter()
             round = next(rounds, None)
             self._tally.seconds += perf_counter() - began
@@ -85,7 +91,10 @@ class Turn:
             Decoder(self._workspace.draft_target, own),
             phrases,
             end_token_ids=self._end_token_ids,
+            context_length=self._draft.context_length if self._draft else None,
+            pass_seconds=lambda: self._prepared.pass_times.one,
             calibration=session.draft_calibration,
+            worth=session.draft_worth,
         )
         return drafter, drafter
 

@@ -11,9 +11,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
     BloomConfig,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoConfig,
     GPTNeoXConfig,
     Lfm2Config,
     LlamaConfig,
@@ -61,9 +63,15 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "gemma3_mixed": lambda: Gemma3TextConfig(
         **_SIZES, sliding_window=12, layer_types=["sliding_attention", "full_attention"]
     ),
+    "gpt_neo_chains": lambda: GPTNeoConfig(
+        **_SIZES, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=12
+    ),
     "bloom_chains": lambda: BloomConfig(**_SIZES),
     "lfm2_chains": lambda: Lfm2Config(**_SIZES, layer_types=["conv", "full_attention"]),
     "mamba_plain": lambda: MambaConfig(**_SIZES, state_size=8),
+    "bamba_plain": lambda: BambaConfig(
+        **_SIZES, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8, attn_layer_indices=[1]
+    ),
     "qwen3_next_plain": lambda: Qwen3NextConfig(
         **_SIZES,
         **_LINEAR,

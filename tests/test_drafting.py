@@ -9,6 +9,7 @@ from ouroboros_llm.draft_tree import DraftTree
 from ouroboros_llm.drafting.base import Budget, Drafter, NoDrafts, Round
 from ouroboros_llm.drafting.budget import best_width
 from ouroboros_llm.drafting.calibration import Calibration
+from ouroboros_llm.drafting.draft_model import Worth
 from ouroboros_llm.drafting.phrases import PhraseDrafter, rejected_but_right
 
 WIDE = Budget(width=64, depth=100)
@@ -121,3 +122,14 @@ def test_rejected_runs_are_learned_but_not_prompts() -> None:
     assert pool.stats.tokens == 0
     phrases.learn(Round(DraftTree.chain([1, 10, 11, 12]), (7,), (0,), (7, 11, 12, 99)))
     assert pool.match([10])[0].token_ids == (11, 12, 99)
+
+
+def test_a_draft_model_is_asked_as_long_as_it_pays() -> None:
+    worth = Worth()
+    for _ in range(8):
+        assert worth.pays(1.0, pass_seconds=1.0), "it gets a few rounds to show what it can"
+        worth.spent(0.5)
+        worth.gained(3)
+    assert worth.pays(1.9, 1.0) and not worth.pays(2.1, 1.0), "3 tokens in 1.5 are as good as 2 in 1"
+    asked = [worth.pays(2.5, 1.0) for _ in range(200)]
+    assert 0 < sum(asked) < 20, "now and then it gets another chance"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
 
-from ouroboros_llm import ModelDownloadError, OptionError, Ouroboros, UnknownModelError, models
+from ouroboros_llm import ModelDownloadError, ModelError, OptionError, Ouroboros, UnknownModelError, models
 from ouroboros_llm.models import PackagedModel
 
 PARTS = (b"first half, ", b"second half")
@@ -139,6 +139,27 @@ def test_folders_are_taken_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UnknownModelError, match=r"config\.json"):
         models.resolve(tmp_path / "empty")
+
+
+def test_folders_that_hold_no_model_say_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        models.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["./missing", "../missing", "a--b/c"])
+def test_names_that_are_no_hub_ids(name: str) -> None:
+    with pytest.raises(UnknownModelError, match="unknown model"):
+        models.resolve(name)
+
+
+def test_a_cache_folder_that_cannot_be_made(
+    tmp_path: Path, downloads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("OUROBOROS_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(ModelDownloadError, match="OUROBOROS_CACHE"):
+        models.resolve("tiny")
 
 
 def test_unknown_names_list_the_known() -> None:

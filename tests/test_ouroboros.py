@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import warnings
 from typing import Any
 
 import pytest
+import torch
 from conftest import byte_tokenizer, plain, tiny_model
 from transformers import PreTrainedTokenizerFast
 
@@ -14,6 +16,7 @@ from ouroboros_llm import (
     ContextLengthError,
     DecodingOptions,
     MemoryPool,
+    ModelError,
     OptionError,
     Ouroboros,
     PromptError,
@@ -21,6 +24,7 @@ from ouroboros_llm import (
     TokenizerMismatchError,
 )
 from ouroboros_llm.phrases import MemorySource
+from ouroboros_storage import PhraseStore
 
 PROMPT = "the cat sat on the mat, the dog"
 OPTIONS = DecodingOptions(max_new_tokens=40)
@@ -219,6 +223,8 @@ def test_draft_models_of_another_type_are_refused(draft_model: Any) -> None:
         (dict(prompt="x", read_scopes="corpus:x"), OptionError, "read_scopes"),
         (dict(prompt="x", read_scopes=["a", ""]), OptionError, r"read_scopes\[1\]"),
         (dict(prompt="x", max_new_tokens=5), TypeError, "max_new_tokens"),
+        (dict(prompt="x", options={"max_new_tokens": 3}), OptionError, "DecodingOptions"),
+        (dict(prompt=[999_999, 5]), PromptError, "999999"),
     ],
 )
 @pytest.mark.parametrize("method", ["generate", "stream"])
@@ -235,15 +241,79 @@ def test_unknown_targets_are_refused() -> None:
 
 
 class BrokenSource(MemorySource):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self._error = error
+
     def open(self, scope: str, *, fingerprint: str) -> MemoryPool:
-        raise StoreError("the database is gone")
+        raise self._error
+
+    def flush(self) -> None:
+        raise self._error
 
 
-def test_a_store_that_breaks_costs_speed_not_answers() -> None:
-    with Ouroboros(tiny_model(), byte_tokenizer(), store=BrokenSource()) as ouroboros:
-        with pytest.warns(RuntimeWarning, match="the database is gone"):
-            result = ouroboros.generate(PROMPT, options=OPTIONS)
-        assert list(result.token_ids) == plain(ouroboros.model, ouroboros.encode(PROMPT), 40)
+@pytest.mark.parametrize("error", [StoreError("the database is gone"), OSError("the database is gone")])
+def test_a_store_that_breaks_costs_speed_not_answers(error: Exception) -> None:
+    ouroboros = Ouroboros(tiny_model(), byte_tokenizer(), store=BrokenSource(error))
+    with pytest.warns(RuntimeWarning, match="the database is gone"):
+        result = ouroboros.generate(PROMPT, options=OPTIONS)
+    assert list(result.token_ids) == plain(ouroboros.model, ouroboros.encode(PROMPT), 40)
+
+
+def test_a_deleted_scope_leaves_nothing_in_memory() -> None:
+    store = PhraseStore("sqlite://")
+    with Ouroboros(tiny_model(), byte_tokenizer(), store=store) as ouroboros:
+        cold = ouroboros.generate(PROMPT, scope="c", options=OPTIONS)
+        assert ouroboros.generate(PROMPT, scope="c", options=OPTIONS).usage.cached_tokens > 0
+        store.delete("c")
+        again = ouroboros.generate(PROMPT, scope="c", options=OPTIONS)
+        assert again.usage.cached_tokens == 0
+        assert again.statistics.target_forwards == cold.statistics.target_forwards
+    store.close()
+
+
+def test_models_without_rewinding_keep_no_states() -> None:
+    with Ouroboros(tiny_model("lfm2_chains"), byte_tokenizer()) as ouroboros:
+        ouroboros.generate(PROMPT, scope="c", options=OPTIONS)
+        assert ouroboros._sessions.open("c").idle is None
+
+
+def test_collecting_an_abandoned_stream_inside_a_lock_does_not_deadlock(tiny_ouroboros: Ouroboros) -> None:
+    stream = tiny_ouroboros.stream(PROMPT, scope="c", options=OPTIONS)
+    next(stream)
+    done = threading.Event()
+
+    def collect() -> None:
+        with tiny_ouroboros._sessions._lock:
+            stream.close()  # what the garbage collector does, in whichever thread allocates
+        done.set()
+
+    threading.Thread(target=collect, daemon=True).start()
+    assert done.wait(60)
+
+
+def test_draft_models_that_cannot_rewind_are_refused() -> None:
+    for architecture in ("mamba_plain", "lfm2_chains"):
+        with pytest.raises(ModelError, match="draft_model must be able to drop"):
+            Ouroboros(tiny_model(), byte_tokenizer(), draft_model=tiny_model(architecture))
+
+
+def test_a_draft_model_with_a_shorter_context_drafts_as_far_as_it_reads() -> None:
+    torch.manual_seed(0)
+    config = copy.deepcopy(tiny_model("gpt2").config)
+    config.n_positions = 64
+    short = type(tiny_model("gpt2"))(config).train(False)
+    prompt = "abcabd" * 7
+    with Ouroboros(tiny_model("gpt2"), byte_tokenizer(), draft_model=short) as ouroboros:
+        result = ouroboros.generate(prompt, options=DecodingOptions(max_new_tokens=60))
+        assert list(result.token_ids) == plain(ouroboros.model, ouroboros.encode(prompt), 60)
+        assert result.statistics.draft_forwards > 0
+
+
+@pytest.mark.parametrize("pair", [("a name", None), (None, None)])
+def test_names_are_no_models(pair: tuple[Any, Any]) -> None:
+    with pytest.raises(OptionError, match="from_pretrained"):
+        Ouroboros(*pair)
 
 
 @pytest.mark.parametrize("url", ["sqlite:////no/such/folder/at/all\0/x.db", "nosuchdialect://x", "phrases.db"])

@@ -13,7 +13,7 @@ from ouroboros_llm import DecodingOptions, OptionError, Ouroboros
 from ouroboros_llm.decoder import Decoder
 from ouroboros_llm.draft_tree import DraftTree, TreeBuilder
 from ouroboros_llm.drafting.base import Budget, Round
-from ouroboros_llm.sampling import Sampler, sampler_for
+from ouroboros_llm.sampling import Sampler
 from ouroboros_llm.target.scripted import ScriptedTarget
 
 PROMPT = "abab abab abab"
@@ -160,22 +160,13 @@ def test_samples_have_the_target_s_distribution(kind: str) -> None:
     assert statistic < critical
 
 
-def test_exact_sampling_redraws_with_the_same_noise() -> None:
-    """A choice that is put off does not use up randomness: the tokens stay those of the seed."""
-    model = tiny_model()
-    wary = sampler_for(model, DecodingOptions(temperature=1.0, seed=3, exact=True), 4, 20, margin=0.5)
-    plainly = sampler_for(model, DecodingOptions(temperature=1.0, seed=3), 4, 20, margin=0.5)
-    outputs = []
-    for sampler in (wary, plainly):
-        decoder = Decoder(
-            ScriptedTarget(lambda text: torch.randn(9, generator=_seeded(text))), Forced("full", 9), width=64
-        )
-        outputs.append([t for round in decoder.rounds([1, 2], sampler, limit=20) for t in round.token_ids])
-    assert outputs[0] == outputs[1]
-
-
-def _seeded(text: tuple[int, ...]) -> torch.Generator:
-    return torch.Generator().manual_seed(hash(text) % 2**31)
+def test_exact_sampling_runs_without_drafts(tiny_ouroboros: Ouroboros) -> None:
+    options = DecodingOptions(max_new_tokens=20, temperature=0.1, seed=3, exact=True)
+    for _ in range(2):
+        result = tiny_ouroboros.generate(PROMPT, options=options)
+        assert result.statistics.drafted_tokens == 0
+    free = tiny_ouroboros.generate(PROMPT, options=DecodingOptions(max_new_tokens=20, temperature=0.1, seed=3))
+    assert free.token_ids == result.token_ids
 
 
 @pytest.mark.parametrize(
@@ -197,6 +188,10 @@ def _seeded(text: tuple[int, ...]) -> torch.Generator:
         (dict(stop=("",)), ("stop", "non-empty")),
         (dict(stop=(3,)), ("stop", "3")),
         (dict(seed=-3), ("seed", "-3")),
+        (dict(seed=2**70), ("seed", "at most")),
+        (dict(stop=5), ("stop", "5")),
+        (dict(logit_bias=[1]), ("logit_bias", "[1]")),
+        (dict(exact="no"), ("exact", "'no'")),
         (dict(max_draft_tokens=-1), ("max_draft_tokens", "-1")),
         (dict(top_p=0.9), ("top_p", "temperature")),
     ],

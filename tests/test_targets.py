@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -13,9 +14,8 @@ from ouroboros_llm.draft_tree import DraftTree
 from ouroboros_llm.target.base import TargetModel
 from ouroboros_llm.target.eager import EagerTarget
 from ouroboros_llm.target.pass_times import WIDTHS, PassTimes
-from ouroboros_llm.target.prepared import prepare
+from ouroboros_llm.target.prepared import PreparedModel, locked, prepare
 from ouroboros_llm.target.scripted import ScriptedTarget
-from ouroboros_llm.target.stepwise import StepwiseTarget
 
 TEXT = [5, 9, 12, 7, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51]
 TREE = DraftTree((60, 61, 62, 63, 64, 65), (-1, 0, 0, 1, 2, 4), (1.0,) * 6, ("",) * 6, (None,) * 6)
@@ -142,6 +142,8 @@ def test_ids_outside_the_vocabulary_are_verified_as_wrong_guesses() -> None:
         ("gemma3_mixed", "tree"),
         ("bloom_chains", "chain"),
         ("lfm2_chains", "chain"),
+        ("gpt_neo_chains", "chain"),
+        ("bamba_plain", "none"),
         ("mamba_plain", "none"),
         ("qwen3_next_plain", "none"),
     ],
@@ -151,17 +153,18 @@ def test_the_probe_finds_what_a_model_can_verify(architecture: str, branching: s
 
 
 def test_models_that_generate_nothing_are_refused() -> None:
-    from transformers import BertConfig, BertModel
+    from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
-    config = BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    model = BertModel(config)
-    model.config.is_encoder_decoder = True
-    with pytest.raises(ModelError, match="BertModel"):
-        StepwiseTarget(model)
+    small = dict(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    seq2seq = T5Config(vocab_size=30, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    for model in (BertModel(BertConfig(**small)), tiny_model().model, T5ForConditionalGeneration(seq2seq)):
+        with pytest.raises(ModelError, match=type(model).__name__):
+            prepare(model)
 
 
 def test_costs_come_from_passes_and_a_prior() -> None:
     times = PassTimes("cpu")
+    assert times.one is None
     assert [round(times.cost(width), 2) for width in WIDTHS] == [1.0, 1.0, 1.01, 1.07, 1.38, 2.0, 2.95]
     for _ in range(50):
         times.add(1, 0.1)
@@ -170,4 +173,44 @@ def test_costs_come_from_passes_and_a_prior() -> None:
     assert times.cost(8) == pytest.approx(3.0)
     assert times.cost(12) == pytest.approx(3.0), "wider than a measured pass is never cheaper"
     times.add(8, 30.0)
-    assert times.cost(8) < 4, "one slow pass counts for little"
+    times.add(1, 30.0)
+    assert times.cost(8) == pytest.approx(3.0), "single slow passes count for nothing"
+
+
+def test_one_token_passes_are_deduced_where_none_was_seen() -> None:
+    times = PassTimes("cpu float32")
+    times.add(32, 0.23)
+    assert times.one == pytest.approx(0.1)
+    assert times.cost(32) == pytest.approx(2.3)
+
+
+def test_narrow_passes_are_measured_at_load() -> None:
+    """All widths are compared with a pass over one token, which a decoder that drafts well seldom runs."""
+    times = prepare(tiny_model("qwen3", seed=9)).pass_times
+    assert {1, 2} <= set(times._samples) and len(times._samples[1]) >= 3
+
+
+def test_what_is_known_of_a_model_follows_its_state() -> None:
+    model = tiny_model("llama", seed=11)
+    assert prepare(model).probe.branching == "tree"
+    lock = prepare(model).lock
+    assert prepare(model).lock is lock
+    model.set_attn_implementation("eager")
+    assert prepare(model).lock is not lock
+
+
+def test_locks_are_taken_in_one_order() -> None:
+    """Two decoders that use the same two models the other way round must not wait for each other."""
+    one, other = prepare(tiny_model("llama")), prepare(tiny_model("qwen3"))
+
+    def work(first: PreparedModel, second: PreparedModel) -> None:
+        for _ in range(2000):
+            with locked(first, second, None):
+                pass
+
+    threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in ((one, other), (other, one))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)

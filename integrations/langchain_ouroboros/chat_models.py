@@ -24,7 +24,7 @@ from ._base import OuroborosFields
 from ._messages import to_dicts
 
 _UNTRACED = frozenset({"scope", "read_scopes"})
-_UNCACHED = _UNTRACED | {"timeout", "stream"}
+_UNCACHED = _UNTRACED | {"max_draft_tokens", "timeout", "stream"}
 
 
 class ChatOuroboros(OuroborosFields, BaseChatModel):

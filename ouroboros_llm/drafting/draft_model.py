@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
+from time import perf_counter
 
 import torch
 
@@ -32,12 +34,20 @@ class DraftModelDrafter:
         length: int = 8,
         min_chance: float = 0.3,
         end_token_ids: Collection[int] = (),
+        context_length: int | None = None,
+        pass_seconds: Callable[[], float | None] = lambda: None,
         calibration: Calibration | None = None,
+        worth: Worth | None = None,
     ) -> None:
-        """`decoder`: over the draft model; `phrases`: of the target; `length`: tokens drafted at most."""
+        """`decoder`: over the draft model; `phrases`: of the target; `length`: tokens drafted at most.
+
+        `context_length`: tokens that the draft model can read; `pass_seconds`: what a pass of the target takes;
+        `worth`: what drafting has cost and brought so far.
+        """
         self._decoder, self._phrases, self._length, self._min_chance = decoder, phrases, length, min_chance
-        self._end_token_ids = end_token_ids
-        self._calibration = calibration or Calibration()
+        self._end_token_ids, self._pass_seconds = end_token_ids, pass_seconds
+        self._context_length = context_length or sys.maxsize
+        self._calibration, self._worth = calibration or Calibration(), worth or Worth()
         self.forwards = 0
         """Passes of the draft model so far."""
 
@@ -46,10 +56,14 @@ class DraftModelDrafter:
 
     def draft(self, context: Sequence[int], budget: Budget) -> DraftTree:
         alone = self._phrases.draft(context, budget)
-        if sum(_path_chances(alone)) > 1 + self._length / 2:
+        tokens = sum(_path_chances(alone))
+        readable = len(context) + self._length < self._context_length
+        if tokens > 1 + self._length / 2 or not readable or not self._worth.pays(tokens, self._pass_seconds()):
             return alone
         builder = TreeBuilder(context[-1], budget.width)
+        began = perf_counter()
         leaf, path = self._grow(builder, context, budget)
+        self._worth.spent(perf_counter() - began)
         self._phrases.grow(builder, leaf, [*context, *path], budget)
         self._phrases.grow(builder, 0, context, budget)
         return builder.build()
@@ -57,6 +71,8 @@ class DraftModelDrafter:
     def learn(self, round: Round) -> None:
         self._phrases.learn(round)
         self._calibration.learn(round, SOURCE)
+        if SOURCE in round.draft.sources:
+            self._worth.gained(len(round.token_ids))
 
     def _grow(self, builder: TreeBuilder, context: Sequence[int], budget: Budget) -> tuple[int, list[int]]:
         """Add the draft model's path; its last node, and its tokens."""
@@ -74,6 +90,37 @@ class DraftModelDrafter:
                 node = child
                 path.append(token_id)
         return node, path
+
+
+class Worth:
+    """Whether asking the draft model pays: moving averages of what a draft takes and what its rounds emit."""
+
+    _TRIALS = 8
+    """Rounds before judging."""
+    _RETRY = 32
+    """Rounds after which a draft model that did not pay gets another chance."""
+
+    def __init__(self) -> None:
+        self._seconds = self._tokens = 0.0
+        self._rounds = self._declined = 0
+
+    def pays(self, tokens: float, pass_seconds: float | None) -> bool:
+        """Whether a draft promises more tokens per second than the `tokens` that a pass emits without it."""
+        if self._rounds < self._TRIALS or pass_seconds is None or self._declined >= self._RETRY:
+            self._declined = 0
+            return True
+        pays = self._tokens / (pass_seconds + self._seconds) > tokens / pass_seconds
+        self._declined = 0 if pays else self._declined + 1
+        return pays
+
+    def spent(self, seconds: float) -> None:
+        """A draft took so long."""
+        self._rounds += 1
+        self._seconds += (seconds - self._seconds) / min(self._rounds, 16)
+
+    def gained(self, tokens: int) -> None:
+        """A round with a draft of the draft model emitted so many tokens."""
+        self._tokens += (tokens - self._tokens) / min(self._rounds, 16)
 
 
 class ConfidentSampler:

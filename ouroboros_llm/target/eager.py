@@ -25,6 +25,12 @@ def vocabulary_size(model: Any) -> int:
     return int(model.get_input_embeddings().num_embeddings)
 
 
+def kind_of(model: PreTrainedModel) -> str:
+    """What `PassTimes` has a prior for: the device, and on a CPU whether it computes in single precision."""
+    single = model.device.type == "cpu" and model.dtype == torch.float32
+    return "cpu float32" if single else model.device.type
+
+
 class EagerTarget:
     """A `TargetModel` over a model's forward; the model itself is not changed."""
 
@@ -32,7 +38,7 @@ class EagerTarget:
         """`branching` is what `probe` found; `pass_times` is shared by all targets of one model."""
         self.model, self.branching = model, branching
         self.config: Any = model.config.get_text_config(decoder=True)
-        self.pass_times = pass_times or PassTimes(model.device.type)
+        self.pass_times = pass_times or PassTimes(kind_of(model))
         self.cache: RewindableCache = cache_for(self.config)
         self.token_ids: list[int] = []
         self._pending: tuple[int, ...] = ()

@@ -14,6 +14,9 @@ _Sees = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(positions of queries [.., 1], positions of keys [1, ..]) -> whether the layer lets one see the other."""
 
 
+_OWN_WINDOWS = ("attention_types", "window_size", "local_attention", "attention_window_size")
+
+
 def tree_masks(
     draft: DraftTree, length: int, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor | dict[str, torch.Tensor]:
@@ -40,8 +43,13 @@ def tree_masks(
 
 
 def takes_masks(config: PreTrainedConfig) -> bool:
-    """Whether the attention implementation takes a mask of this shape at all: flash and flex attention do not."""
-    return _attention_of(config) in ("sdpa", "eager")
+    """Whether our masks say all that a model's layers may see.
+
+    Flash and flex attention take no mask of this shape. Windows that a model applies by itself (GPT-Neo's) count slots,
+    which are positions in a chain but not in a tree, and a probe over a few tokens would not reach them.
+    """
+    windows = any(getattr(config, name, None) for name in _OWN_WINDOWS)
+    return _attention_of(config) in ("sdpa", "eager") and not windows
 
 
 def _attention_of(config: PreTrainedConfig) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
+from ..draft_tree import DraftTree
 from .base import TargetModel
-from .eager import EagerTarget
+from .eager import EagerTarget, kind_of
 from .pass_times import PassTimes
 from .probe import Probe, probe
 from .stepwise import StepwiseTarget
@@ -24,6 +27,12 @@ class PreparedModel:
     pass_times: PassTimes
     lock: threading.RLock
 
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of prompt and output together at most; None where the model names no limit."""
+        length = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return int(length) if length else None
+
     def start(self) -> TargetModel:
         """A target that has read nothing yet."""
         if self.probe.branching == "none":
@@ -32,15 +41,39 @@ class PreparedModel:
 
 
 # The values must not hold the model, or it would never be freed.
-_known: WeakKeyDictionary[PreTrainedModel, tuple[Probe, PassTimes, threading.RLock]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[PreTrainedModel, tuple[object, Probe, PassTimes, threading.RLock]] = WeakKeyDictionary()
 _preparing = threading.Lock()
 
 
 def prepare(model: PreTrainedModel) -> PreparedModel:
     """What is known of `model`; runs the probe the first time. Raises ModelError if it is no causal language model."""
     with _preparing:
-        if model not in _known:
+        state = (model.device, model.dtype, model.config.get_text_config(decoder=True)._attn_implementation)
+        if model not in _known or _known[model][0] != state:
             StepwiseTarget(model)  # refuses what no target can run
             model.train(False)
-            _known[model] = (probe(model), PassTimes(model.device.type), threading.RLock())
-        return PreparedModel(model, *_known[model])
+            found, times = probe(model), PassTimes(kind_of(model))
+            if found.branching != "none":
+                _time(EagerTarget(model, found.branching, times))
+            _known[model] = (state, found, times, threading.RLock())
+        return PreparedModel(model, *_known[model][1:])
+
+
+@contextmanager
+def locked(*models: PreparedModel | None) -> Iterator[None]:
+    """Holds the locks of all the models, always in the same order."""
+    with ExitStack() as stack:
+        for prepared in sorted((model for model in models if model is not None), key=lambda model: id(model.lock)):
+            stack.enter_context(prepared.lock)
+        yield
+
+
+def _time(target: EagerTarget) -> None:
+    """Measure narrow passes, which all widths are compared with: a decoder that drafts well would seldom run them."""
+    target.prefill((1,))
+    target.keep((0,))
+    for _ in range(4):
+        for width in (1, 2):
+            target.verify(DraftTree.chain((1,) * width))
+            target.keep((0,))
+    target.rewind(0)

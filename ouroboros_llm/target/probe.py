@@ -17,6 +17,9 @@ _TEXT = (5, 9, 2, 7, 3, 9, 4, 8)
 _TREE = DraftTree((6, 3, 8, 9, 4, 2), (-1, 0, 0, 1, 2, 3), (1.0,) * 6, ("",) * 6, (None,) * 6)
 
 
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """What a model can verify, and how much its logits depend on the shape of a pass."""
@@ -34,14 +37,14 @@ def probe(model: PreTrainedModel) -> Probe:
     """
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         return Probe("none", 0.0)
-    if not EagerTarget(model, "none").cache.can_drop and not _drops_after_use(model):
+    if not _can_drop(model):
         return Probe("none", 0.0)
     kinds: tuple[Branching, ...] = ("tree", "chain") if _takes_trees(model) else ("chain",)
     for branching in kinds:
-        error, scale = _error(model, _TREE if branching == "tree" else _TREE.main_chain(), branching)
+        error, near, scale = _errors(model, _TREE if branching == "tree" else _TREE.main_chain(), branching)
         # A wrong mask or state is off by the size of the logits themselves; rounding by its precision.
         if error <= scale * (1e-3 if model.dtype in (torch.float32, torch.float64) else 1e-1):
-            return Probe(branching, 4 * error)
+            return Probe(branching, 2 * near)
     return Probe("none", 0.0)
 
 
@@ -49,15 +52,20 @@ def _takes_trees(model: PreTrainedModel) -> bool:
     return EagerTarget(model, "tree").cache.can_rewind and takes_masks(model.config.get_text_config(decoder=True))
 
 
-def _drops_after_use(model: PreTrainedModel) -> bool:
-    """Whether states that only a first pass brings into being can drop tokens."""
+def _can_drop(model: PreTrainedModel) -> bool:
+    """Whether the cache can drop tokens; states that only a first pass brings into being are asked after it."""
     target = EagerTarget(model, "none")
-    target.prefill(_tokens(model, _TEXT))
+    try:
+        if not target.cache.can_drop:
+            target.prefill(_tokens(model, _TEXT))
+    except _FAILURES:
+        return False
     return target.cache.can_drop
 
 
-def _error(model: PreTrainedModel, draft: DraftTree, branching: Branching) -> tuple[float, float]:
-    """The largest difference drafting makes to a logit (infinite where a pass fails), and the largest logit."""
+def _errors(model: PreTrainedModel, draft: DraftTree, branching: Branching) -> tuple[float, float, float]:
+    """The largest difference drafting makes to a logit (infinite where a pass fails), the largest to one of the
+    likeliest eight, and the largest logit."""
     draft = replace(draft, token_ids=tuple(_tokens(model, draft.token_ids)))
     leaf = draft.width - 1
     path = draft.path_to(leaf)
@@ -67,11 +75,13 @@ def _error(model: PreTrainedModel, draft: DraftTree, branching: Branching) -> tu
         # Committing a part of the path and stepping on shows whether what was dropped is really gone.
         drafted.keep(path[:2])
         after = drafted.verify(DraftTree.root(draft.token_ids[path[2]]))
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError):
-        return float("inf"), 0.0
+    except _FAILURES:
+        return float("inf"), 0.0, 0.0
     plain = torch.cat(_step_by_step(model, [draft.token_ids[node] for node in path]))
-    error = torch.maximum((wide - plain).abs().max(), (after - plain[2]).abs().max())
-    return float(error.nan_to_num(float("inf"))), float(plain.abs().max())
+    differences = (torch.cat([wide, after]) - torch.cat([plain, plain[2:3]])).abs().nan_to_num(float("inf"))
+    likeliest = torch.cat([plain, plain[2:3]]).topk(min(8, plain.shape[-1])).indices
+    near = differences.gather(-1, likeliest).max()
+    return float(differences.max()), float(near), float(plain.abs().max())
 
 
 def _step_by_step(model: PreTrainedModel, token_ids: list[int]) -> list[torch.Tensor]:

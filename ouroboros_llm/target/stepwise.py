@@ -28,12 +28,13 @@ class StepwiseTarget:
         self._state: Any = None
         self._pending: tuple[int, ...] = ()
         names = [name for name in _STATE_NAMES if name in inspect.signature(model.forward).parameters]
-        if model.config.is_encoder_decoder or not names:
+        if model.config.is_encoder_decoder or not names or not model.can_generate():
             raise ModelError(
                 f"model must be a causal language model that generates from a cache, but got {type(model).__name__}; "
                 "load it with AutoModelForCausalLM"
             )
         self._state_name = names[0]
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def prefill(self, token_ids: Sequence[int]) -> torch.Tensor:
         self.token_ids, self._state = list(token_ids[:-1]), None
@@ -57,7 +58,12 @@ class StepwiseTarget:
     def _forward(self, token_ids: Sequence[int]) -> torch.Tensor:
         self._pending = tuple(token_ids)
         ids = torch.tensor([list(token_ids)], device=self.model.device)
-        output = self.model(input_ids=ids, use_cache=True, return_dict=True, **{self._state_name: self._state})
+        state = {self._state_name: self._state}
+        if self._takes_positions:
+            # Left alone, some models count from zero in every pass.
+            start = len(self.token_ids) if self._state is not None else 0
+            state["position_ids"] = torch.arange(start, start + len(token_ids), device=ids.device)[None]
+        output = self.model(input_ids=ids, use_cache=True, return_dict=True, **state)
         self._state = getattr(output, self._state_name)
         logits: torch.Tensor = output.logits[0]
         return logits

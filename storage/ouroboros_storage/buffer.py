@@ -22,7 +22,8 @@ class Buffer:
     def __init__(self, capacity: int = 64 << 20) -> None:
         """`capacity`: bytes kept at most."""
         self._capacity = capacity
-        self._lock = threading.Lock()
+        # Re-entrant: an abandoned stream may be finalized by the garbage collector at any allocation, in here too.
+        self._lock = threading.RLock()
         self._runs: OrderedDict[tuple[ScopeKey, bytes], PendingRun] = OrderedDict()
         self._size = 0
         self._now = 0

@@ -22,6 +22,8 @@ class StoredPool:
         """Tokens kept in memory at most."""
         self.newest_read = 0
         """The highest id there was when rows were read."""
+        self.generation = object()
+        """Another one after the scope was deleted, so that what was built on its phrases can go too."""
         self._scope_id: int | None = None
         self._buffer = buffer
         self._memory = MemoryPool(capacity)
@@ -75,5 +77,6 @@ class StoredPool:
     def forget(self) -> None:
         """Drop everything from memory."""
         self._memory = MemoryPool(self.capacity)
+        self.generation = object()
         self._flushed.clear()
         self._scope_id = None

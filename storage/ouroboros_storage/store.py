@@ -65,7 +65,7 @@ class PhraseStore:
         self._lock = threading.RLock()
         self._pools: WeakValueDictionary[ScopeKey, StoredPool] = WeakValueDictionary()
         self._kept: OrderedDict[ScopeKey, StoredPool] = OrderedDict()
-        self._warned = self._failing = self._closed = False
+        self._warned = self._failing = self._closed = self._writing = False
 
     def __repr__(self) -> str:
         return f"PhraseStore({self._database.name!r})"
@@ -104,7 +104,8 @@ class PhraseStore:
         flush.
         """
         with self._lock:
-            if not self._closed:
+            # Writing already: a stream that the garbage collector closes meanwhile waits for the next flush.
+            if not self._closed and not self._writing:
                 # While the database fails, every turn would wait for all attempts; one is enough to see it come back.
                 self._write(patient=not self._failing)
 
@@ -174,6 +175,7 @@ class PhraseStore:
         pending = self._buffer.take()
         if not pending:
             return
+        self._writing = True
         try:
             scope_ids = self._database.write(partial(rows.upsert, pending=pending), patient=patient)
         except BaseException as error:
@@ -183,6 +185,8 @@ class PhraseStore:
             self._failing = True
             self._warn("written", error)
             return
+        finally:
+            self._writing = False
         self._failing = False
         for key, found in pending.items():
             if pool := self._pools.get(key):
