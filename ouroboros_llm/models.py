@@ -102,12 +102,11 @@ def _device(torch: Any, device: Any) -> Any:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
-        if not torch.empty(1, device=place).is_meta:
-            return place
-        reason = "it holds no numbers"
+        torch.empty(1, device=place).item()  # some can be named without being there; "meta" holds no numbers
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
-    raise OptionError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', but got {device!r}: {reason}")
+        raise OptionError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', but got {device!r}: {reason}") from error
+    return place
 
 
 def _dtype(torch: Any, dtype: Any, device: Any) -> Any:
@@ -129,7 +128,9 @@ def _auto_dtype(torch: Any, device: Any) -> Any:
 def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
+    cached = None
     try:
+        cached = _cached_snapshot(name)
         return _snapshot(name)
     except HFValidationError as error:
         raise _unknown(name) from error
@@ -138,8 +139,9 @@ def _from_hub(name: str) -> Path:
             f"unknown model {name!r}: there is no such folder, and the hub has no such repository, or it is private "
             f"or gated. Packaged models are {', '.join(sorted(registry()))}"
         ) from error
+    except ModelError:
+        raise
     except Exception as error:  # the hub client's network errors share no base class
-        cached = _cached_snapshot(name)
         if cached is not None:
             return cached
         raise ModelDownloadError(
@@ -157,7 +159,9 @@ def _snapshot(name: str) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=files, ignore_patterns=_HUB_EXTRAS))
         if any(folder.glob(weights)):
             return _saved(folder)
-    raise FileNotFoundError(f"{name} has no weights that can be loaded")
+    raise ModelDownloadError(
+        f"the hub's {name!r} has neither safetensors nor pickled weights; choose a repository that has"
+    )
 
 
 def _cached_snapshot(name: str) -> Path | None:
