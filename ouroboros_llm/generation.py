@@ -17,7 +17,7 @@ from .errors import OptionError
 from .phrases import PhrasePool
 from .sampling import Sampler, end_token_ids
 from .target.eager import vocabulary_size
-from .target.prepared import locked, prepare
+from .target.prepared import PreparedModel, locked, prepare
 
 _UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 _PREPARED = {"attention_mask", "past_key_values", "cache_params", "position_ids", "logits_to_keep", "use_cache"}
@@ -52,13 +52,14 @@ def custom_generate(
     config = generation_config or model.generation_config
     _check(model, config, input_ids, model_kwargs)
     prompt = input_ids[0].tolist()
-    decoder = Decoder(prepare(model).start(), PhraseDrafter([phrase_pool] if phrase_pool else [], write=phrase_pool))
+    prepared = prepare(model)
+    decoder = Decoder(prepared.start(), PhraseDrafter([phrase_pool] if phrase_pool else [], write=phrase_pool))
     sampler = Sampler(logits_processor or (), sample=bool(config.do_sample))
     rounds = decoder.rounds(
         prompt, sampler, limit=int(config.max_length or 0) - len(prompt), end_token_ids=end_token_ids(config)
     )
     output: list[int] = []
-    for token_ids in _until_stopped(_locked(model, rounds), input_ids, stopping_criteria):
+    for token_ids in _until_stopped(_locked(prepared, rounds), input_ids, stopping_criteria):
         output += token_ids
         if ouroboros_streamer is not None:
             ouroboros_streamer.put(torch.tensor(token_ids))
@@ -72,9 +73,9 @@ def custom_generate(
     return GenerateDecoderOnlyOutput(sequences=sequences) if config.return_dict_in_generate else sequences
 
 
-def _locked(model: PreTrainedModel, rounds: Iterator[Round]) -> Iterator[Round]:
+def _locked(prepared: PreparedModel, rounds: Iterator[Round]) -> Iterator[Round]:
     while True:
-        with locked(prepare(model)):
+        with locked(prepared):
             round = next(rounds, None)
         if round is None:
             return

@@ -70,8 +70,7 @@ class PhraseDrafter:
         guesses = list(self._guesses(context, builder.path_chances[node], min(builder.room, budget.depth)))
         wanted = best_width([*builder.path_chances[1:], *(guess[0] for guess in guesses)], budget)
         nodes = [node]
-        for path_chance, parent, token_id, chance, evidence in guesses[: max(0, wanted - len(builder.token_ids))]:
-            del path_chance
+        for _, parent, token_id, chance, evidence in guesses[: max(0, wanted - len(builder.token_ids))]:
             added = builder.add(nodes[parent], token_id, chance, SOURCE, evidence)
             if added is None:
                 return
