@@ -33,7 +33,7 @@ format: setup
 
 # make bench PROMPTS=HumanEval.jsonl
 bench: setup
-	$(BIN)/python -m ouroboros_llm.bench $(PROMPTS)
+	$(BIN)/ouroboros bench --prompts $(PROMPTS)
 
 clean:
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache

@@ -15,7 +15,8 @@ from .errors import (
 from .generation import custom_generate
 from .options import DecodingOptions
 from .ouroboros import Ouroboros
-from .phrases import MemoryPool, Phrase, PhrasePool, PoolSource
+from .memory_pool import MemoryPool
+from .phrases import Phrase, PhrasePool, PoolSource
 from .statistics import DecodingStatistics, GenerationResult, Piece, Usage
 
 __version__ = "0.1.0"

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from .draft_tree import MAX_WIDTH, DraftTree
-from .drafting.base import Budget, Drafter, Round
+from .drafting.base import Budget, Drafter, Round, Successors
 from .target.base import Branching, TargetModel
 from .verification import Chooser, accept
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Decoder:
     """Emits what the target model alone would emit, several tokens per pass where its drafter guesses well."""
 
-    def __init__(self, target: TargetModel, drafter: Drafter, *, width: int | None = None) -> None:
-        """`width`: nodes of every draft at most, root included; None: as many as pay by the target's own pass times."""
-        self.target, self.drafter, self.width = target, drafter, width
+    def __init__(
+        self, target: TargetModel, drafter: Drafter, *, width: int | None = None, successors: int = 0
+    ) -> None:
+        """`width`: nodes of every draft at most, root included; None: as many as pay by the target's own pass times.
+        `successors`: how many of the likeliest tokens after each node the drafter gets to see."""
+        self.target, self.drafter, self.width, self._successors = target, drafter, width, successors
 
     def rounds(
         self, prompt: Sequence[int], sampler: Chooser, *, limit: int, end_token_ids: Collection[int] = ()
@@ -26,7 +33,8 @@ class Decoder:
         """
         context, left = list(prompt), limit
         self.drafter.open(context)
-        draft, logits = DraftTree.root(context[-1]), self.target.prefill(context)
+        draft = self._draft(context, left, self.target.prefill_branching)
+        logits = self.target.prefill(context, draft)
         while True:
             likeliest = logits.argmax(-1).tolist()
             choose = sampler.chooser(logits, likeliest, context)
@@ -34,21 +42,30 @@ class Decoder:
             self.target.keep(accepted.path)
             context += accepted.token_ids
             left -= len(accepted.token_ids)
-            round = Round(draft, accepted.token_ids, accepted.path, tuple(likeliest))
+            successors = likeliest_tokens(logits, self._successors) if self._successors else ()
+            round = Round(draft, accepted.token_ids, accepted.path, tuple(likeliest), successors)
             self.drafter.learn(round)
             yield round
             if not left or context[-1] in end_token_ids:
                 return
             # A choice that was left open is decided by a pass over its token alone.
-            draft = self._draft(context, left) if accepted.token_ids else DraftTree.root(context[-1])
+            branching = self.target.branching if accepted.token_ids else "none"
+            draft = self._draft(context, left, branching)
             logits = self.target.verify(draft)
 
-    def _draft(self, context: Sequence[int], left: int) -> DraftTree:
+    def _draft(self, context: Sequence[int], left: int, branching: Branching) -> DraftTree:
         width = MAX_WIDTH if self.width is None else self.width
         budget = Budget(width, depth=left - 1, cost=self.target.cost if self.width is None else None)
-        if self.target.branching == "none" or min(width - 1, budget.depth) < 1:
+        if branching == "none" or min(width - 1, budget.depth) < 1:
             return DraftTree.root(context[-1])
-        return fit(self.drafter.draft(context, budget), context[-1], budget, self.target.branching)
+        return fit(self.drafter.draft(context, budget), context[-1], budget, branching)
+
+
+def likeliest_tokens(logits: torch.Tensor, count: int) -> tuple[Successors, ...]:
+    """Per row of logits [width, vocabulary]: the likeliest tokens and their probabilities before any processing."""
+    top, ids = logits.topk(min(count, logits.shape[-1]))
+    probabilities = (top.float() - logits.float().logsumexp(-1, keepdim=True)).exp()
+    return tuple(tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), probabilities.tolist(), strict=True))
 
 
 def fit(draft: DraftTree, root_token_id: int, budget: Budget, branching: Branching) -> DraftTree:

@@ -81,6 +81,19 @@ class DraftTree:
             path.append(self.parents[path[-1]])
         return tuple(reversed(path))
 
+    def behind(self, token_ids: Sequence[int]) -> DraftTree:
+        """The tree with a chain of tokens before its root."""
+        if not token_ids:
+            return self
+        before, count = DraftTree.chain(token_ids), len(token_ids)
+        return DraftTree(
+            before.token_ids + self.token_ids,
+            before.parents + tuple(parent + count for parent in self.parents),
+            before.chances + self.chances,
+            before.sources + self.sources,
+            before.evidence + self.evidence,
+        )
+
     def main_chain(self) -> DraftTree:
         """The chain from the root through the likeliest child each time, for models that cannot verify branches."""
         path = [0]
@@ -126,6 +139,7 @@ class TreeBuilder:
             self._evidence.append(evidence)
         return node
 
-    def build(self) -> DraftTree:
+    def build(self, width: int | None = None) -> DraftTree:
+        """The tree, or its first `width` nodes."""
         columns = (self.token_ids, self.parents, self._chances, self._sources, self._evidence)
-        return DraftTree(*map(tuple, columns))  # type: ignore[arg-type]  # five lists of five types
+        return DraftTree(*(tuple(column[:width]) for column in columns))  # type: ignore[arg-type]  # five types

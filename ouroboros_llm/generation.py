@@ -12,7 +12,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .decoder import Decoder
 from .drafting.base import Round
-from .drafting.phrases import PhraseDrafter
+from .drafting.blend import Blend
+from .drafting.memory import Memory, sources
+from .drafting.names import DEFAULT_DRAFTERS
+from .drafting.recycling import KEPT
 from .errors import OptionError
 from .phrases import PhrasePool
 from .sampling import Sampler, end_token_ids
@@ -53,7 +56,9 @@ def custom_generate(
     _check(model, config, input_ids, model_kwargs)
     prompt = input_ids[0].tolist()
     prepared = prepare(model)
-    decoder = Decoder(prepared.start(), PhraseDrafter([phrase_pool] if phrase_pool else [], write=phrase_pool))
+    memory = Memory.recall(phrase_pool, prepared.fingerprint) if phrase_pool is not None else Memory()
+    found = sources(DEFAULT_DRAFTERS, memory, write=phrase_pool, sampling=bool(config.do_sample))
+    decoder = Decoder(prepared.start(), Blend(found, memory.calibration), successors=KEPT)
     sampler = Sampler(logits_processor or (), sample=bool(config.do_sample))
     rounds = decoder.rounds(
         prompt, sampler, limit=int(config.max_length or 0) - len(prompt), end_token_ids=end_token_ids(config)
@@ -65,6 +70,7 @@ def custom_generate(
             ouroboros_streamer.put(torch.tensor(token_ids))
     if phrase_pool is not None:
         phrase_pool.add(output)
+        memory.remember(phrase_pool, prepared.fingerprint)
     if ouroboros_streamer is not None:
         ouroboros_streamer.end()
     sequences: Any = torch.cat(

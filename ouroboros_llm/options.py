@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .drafting.names import check_drafters
 from .errors import OptionError
 
 
@@ -32,6 +33,8 @@ class DecodingOptions:
             half precision differ from plain decoding's less often, not never: keys and values of wide passes are
             rounded differently too. Sampling then runs without drafts. Not needed in float32.
         max_draft_tokens: Guesses per round at most; 0 is plain decoding. Unset: as many as pay by measured pass times.
+        drafters: Where guesses may come from: "phrases", "recycling", "retrieval", "draft_model", "lookahead". Unset:
+            all but lookahead, as far as there are documents and a draft model.
     """
 
     max_new_tokens: int | None = None
@@ -47,6 +50,7 @@ class DecodingOptions:
     seed: int | None = None
     exact: bool = False
     max_draft_tokens: int | None = None
+    drafters: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _strings("stop", self.stop))
@@ -54,6 +58,8 @@ class DecodingOptions:
         _whole("top_k", self.top_k, 1)
         _whole("seed", self.seed, 0, 2**64 - 1)
         _whole("max_draft_tokens", self.max_draft_tokens, 0)
+        if self.drafters is not None:
+            object.__setattr__(self, "drafters", check_drafters(self.drafters))
         _number("temperature", self.temperature, 0.0)
         _number("top_p", self.top_p, 0.0, 1.0, above=True)
         _number("min_p", self.min_p, 0.0, 1.0)

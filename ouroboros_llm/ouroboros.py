@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .drafting.memory import Memory
 from .errors import ContextLengthError, ModelError, OptionError, PromptError, TokenizerMismatchError
 from .options import DecodingOptions
 from .phrases import PhrasePool, PoolSource, check_scope, check_scopes
@@ -48,6 +49,7 @@ class Ouroboros:
         draft_model: Any = None,
         store: Any = None,
         target: str = "auto",
+        documents: PhrasePool | None = None,
     ) -> None:
         """Wrap a model that you loaded yourself.
 
@@ -58,6 +60,7 @@ class Ouroboros:
             store: None keeps phrases in memory; a URL (`sqlite:///phrases.db`), a SQLAlchemy engine or a `PhraseStore`
                 keeps them for later processes.
             target: "auto" or "eager", the library's own forward.
+            documents: texts that answers may quote, whoever asks (`documents_pool`); only read.
 
         Raises:
             ModelError: not a causal language model. TokenizerMismatchError: draft and target vocabularies differ.
@@ -76,6 +79,9 @@ class Ouroboros:
         self._draft = self._load_draft(draft_model) if draft_model is not None else None
         self._owns_store = not isinstance(store, PoolSource)
         self.store: PoolSource = open_source(store)
+        if documents is not None and not isinstance(documents, PhrasePool):
+            raise OptionError(f"documents must be a pool, as documents_pool makes them, but got {documents!r:.80}")
+        self.documents = documents
         self._sessions = Sessions()
         if self._prepared.probe.branching == "none":
             warnings.warn(
@@ -94,12 +100,15 @@ class Ouroboros:
         dtype: Any = "auto",
         store: Any = None,
         target: str = "auto",
+        documents: PhrasePool | None = None,
     ) -> Ouroboros:
         """Load a model by registry name, local path or hub id. See `Ouroboros` and `models.load` for the arguments."""
         from . import models
 
         loaded = models.load(name, device=device, dtype=dtype)
-        ouroboros = cls(loaded.model, loaded.tokenizer, draft_model=draft_model, store=store, target=target)
+        ouroboros = cls(
+            loaded.model, loaded.tokenizer, draft_model=draft_model, store=store, target=target, documents=documents
+        )
         ouroboros.name = loaded.name
         return ouroboros
 
@@ -183,6 +192,7 @@ class Ouroboros:
     ) -> Iterator[Piece]:
         write = open_pool(self.store, session.scope, self.fingerprint)
         session = self._current(session, write)
+        self._recall(session, write)
         workspace = self._sessions.take(session) or Workspace(
             self._prepared.start(), self._draft.start() if self._draft else None
         )
@@ -195,6 +205,7 @@ class Ouroboros:
                 workspace,
                 write=write,
                 read=[open_pool(self.store, scope, self.fingerprint) for scope in read_scopes],
+                documents=self.documents,
                 prompt_ids=prompt_ids,
                 limit=limit,
                 options=options,
@@ -212,6 +223,14 @@ class Ouroboros:
             session = self._sessions.open(session.scope)
         session.generation = generation
         return session
+
+    def _recall(self, session: Session, pool: PhrasePool) -> None:
+        """Go on from what was learned in the scope before this process."""
+        if not session.recalled:
+            session.recalled = True
+            session.memory = Memory.recall(pool, self._prepared.fingerprint)
+            if self._draft is not None:
+                session.draft_memory = Memory.recall(pool, self._draft.fingerprint)
 
     def _limit(self, prompt_length: int, options: DecodingOptions) -> int:
         """Tokens to generate at most: what was asked for, as far as the context reaches."""

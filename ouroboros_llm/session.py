@@ -6,8 +6,10 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from .drafting.calibration import Calibration
 from .drafting.draft_model import Worth
+from .drafting.lookahead import WindowWorth
+from .drafting.memory import Memory
+from .memory_pool import MemoryPool
 from .target.base import TargetModel
 from .target.eager import EagerTarget
 
@@ -34,16 +36,27 @@ class Workspace:
 
 
 @dataclass(eq=False)
+class Window:
+    """What lookahead windows found in a scope, and whether they pay there."""
+
+    pool: MemoryPool = field(default_factory=lambda: MemoryPool(capacity=20_000))
+    worth: WindowWorth = field(default_factory=WindowWorth)
+
+
+@dataclass(eq=False)
 class Session:
     """The state of one scope in this process. Nothing of it is seen from another scope."""
 
     scope: str
-    phrase_calibration: Calibration = field(default_factory=Calibration)
-    draft_calibration: Calibration = field(default_factory=Calibration)
-    draft_phrase_calibration: Calibration = field(default_factory=Calibration)
+    memory: Memory = field(default_factory=Memory)
+    draft_memory: Memory = field(default_factory=Memory)
+    """What the draft model's own drafting learned."""
     draft_worth: Worth = field(default_factory=Worth)
     generation: object = None
     """Changes when the scope's phrases are deleted; what was read and learned goes with them."""
+    window: Window = field(default_factory=Window)
+    recalled: bool = False
+    """Whether the memories were read from the scope's pool."""
     idle: Workspace | None = None
     """What the last turn left; the next one reuses the prefix that their texts share."""
 

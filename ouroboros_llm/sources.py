@@ -7,7 +7,8 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from .errors import MissingExtraError, StoreError
-from .phrases import MemorySource, PhrasePool, PoolSource
+from .memory_pool import MemorySource
+from .phrases import PhrasePool, PoolSource
 
 ENTRY_POINTS = "ouroboros_llm.stores"
 """Entry points of this group are classes that take a URL or an engine and return a `PoolSource`."""

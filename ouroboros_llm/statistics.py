@@ -39,6 +39,9 @@ class DecodingStatistics:
     accepted_tokens: int = 0
     """Drafted tokens that the target chose. Each round emits these and one more of its own."""
     accepted_by_source: Mapping[str, int] = field(default_factory=dict)
+    origins: tuple[str, ...] = ()
+    """Per token of the answer: the source that drafted it, or "recovered" (all drafts for it were rejected) or "bonus"
+    (there were none to reject)."""
     draft_forwards: int = 0
     """Forward passes of the draft model."""
     seconds: float = 0.0
@@ -79,12 +82,14 @@ class Tally:
     def __init__(self) -> None:
         self._forwards = self._drafted = 0
         self._accepted: Counter[str] = Counter()
+        self._origins: list[str] = []
         self.seconds = 0.0
 
     def add(self, round: Round) -> None:
         """Count one round; the first is the prefill."""
         self._forwards += 1
         self._drafted += round.draft.width - 1
+        self._origins += round.origins
         self._accepted.update(round.draft.sources[node] for node in round.accepted)
 
     def statistics(self, completion_tokens: int, draft_forwards: int = 0) -> DecodingStatistics:
@@ -95,6 +100,7 @@ class Tally:
             drafted_tokens=self._drafted,
             accepted_tokens=self._accepted.total(),
             accepted_by_source=dict(self._accepted),
+            origins=tuple(self._origins),
             draft_forwards=draft_forwards,
             seconds=self.seconds,
         )

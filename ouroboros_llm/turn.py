@@ -9,14 +9,20 @@ from transformers import PreTrainedTokenizerBase
 
 from .decoder import Decoder
 from .draft_tree import MAX_WIDTH
-from .drafting.base import Drafter, Round
-from .drafting.draft_model import DraftModelDrafter
-from .drafting.phrases import PhraseDrafter
+from .drafting import lookahead
+from .drafting.base import Drafter, Round, Source
+from .drafting.blend import Blend
+from .drafting.draft_model import DraftModel, DraftModelDrafter
+from .drafting.memory import sources
+from .drafting.names import DEFAULT_DRAFTERS
+from .drafting.phrases import PhraseSource, RunningText
+from .drafting.recycling import KEPT
 from .options import DecodingOptions
 from .phrases import PhrasePool
 from .sampling import end_token_ids, sampler_for
 from .session import Session, Workspace
 from .statistics import FinishReason, GenerationResult, Piece, Tally, Usage
+from .target.base import TargetModel
 from .target.eager import EagerTarget
 from .target.prepared import PreparedModel, locked
 from .text import Transcript
@@ -35,17 +41,19 @@ class Turn:
         *,
         write: PhrasePool,
         read: Sequence[PhrasePool],
+        documents: PhrasePool | None = None,
         prompt_ids: list[int],
         limit: int,
         options: DecodingOptions,
     ) -> None:
-        """`write`: the pool of the session's scope; `read`: further pools; `limit`: tokens to generate at most."""
+        """`write`: the pool of the session's scope; `read`: further pools; `documents`: texts that answers may
+        quote; `limit`: tokens to generate at most."""
         self._prepared, self._draft = prepared, draft
         self._session, self._workspace, self._write = session, workspace, write
         self._prompt_ids, self._limit, self._options = prompt_ids, limit, options
         self._end_token_ids = end_token_ids(prepared.model.generation_config)
         self._transcript = Transcript(tokenizer, options.stop, self._end_token_ids)
-        self._drafter, self._draft_model = self._drafters([write, *read])
+        self._drafter, self._draft_model = self._blend(read, documents)
         self._tally = Tally()
 
     def pieces(self) -> Iterator[Piece]:
@@ -57,6 +65,9 @@ class Turn:
             tail = self._transcript.flush()
         finally:
             self._write.add(self._transcript.token_ids)
+            self._session.memory.remember(self._write, self._prepared.fingerprint)
+            if self._draft is not None:
+                self._session.draft_memory.remember(self._write, self._draft.fingerprint)
         yield Piece(tail, (), self._result(cached))
 
     def _rounds(self) -> Iterator[Round]:
@@ -65,7 +76,7 @@ class Turn:
         if options.exact and not options.greedy:
             # Rounding moves more than near-ties: probabilities, and which tokens survive a cut-off.
             width = 1
-        decoder = Decoder(self._workspace.target, self._drafter, width=width)
+        decoder = Decoder(self._workspace.target, self._drafter, width=width, successors=KEPT)
         sampler = sampler_for(
             self._prepared.model, self._options, len(self._prompt_ids), self._limit, self._prepared.probe.margin
         )
@@ -80,23 +91,51 @@ class Turn:
             self._tally.add(round)
         return round
 
-    def _drafters(self, pools: list[PhrasePool]) -> tuple[Drafter, DraftModelDrafter | None]:
-        session = self._session
-        phrases = PhraseDrafter(pools, write=self._write, calibration=session.phrase_calibration)
-        if self._workspace.draft_target is None:
-            return phrases, None
-        # The draft model reads the same phrases; what the target makes of its drafts flows back through them.
-        own = PhraseDrafter(pools, running_text=phrases.running_text, calibration=session.draft_phrase_calibration)
+    def _blend(self, read: Sequence[PhrasePool], documents: PhrasePool | None) -> tuple[Drafter, DraftModel | None]:
+        names = DEFAULT_DRAFTERS if self._options.drafters is None else self._options.drafters
+        memory, text = self._session.memory, RunningText()
+        sampling = not self._options.greedy
+        found = sources(
+            names, memory, text=text, write=self._write, read=read, documents=documents, sampling=sampling
+        )
+        found = [*self._window_phrases(names), *found]
+        if self._workspace.draft_target is None or "draft_model" not in names:
+            return self._with_window(names, Blend(found, memory.calibration)), None
+        model = self._draft_model_of(self._workspace.draft_target, names, text, read)
         drafter = DraftModelDrafter(
-            Decoder(self._workspace.draft_target, own),
-            phrases,
+            model,
+            Blend([model, *found], memory.calibration),
+            pass_seconds=lambda: self._prepared.pass_times.one,
+            worth=self._session.draft_worth,
+        )
+        return drafter, model
+
+    def _draft_model_of(
+        self, target: TargetModel, names: Sequence[str], text: RunningText, read: Sequence[PhrasePool]
+    ) -> DraftModel:
+        """The draft model reads the same phrases; what the target makes of its drafts flows back through them."""
+        memory = self._session.draft_memory
+        shared = PhraseSource("text", text.pool, after="prompt")
+        own = sources(names, memory, text=shared, write=self._write, read=read, learns=False)
+        drafter = self._with_window(names, Blend([*self._window_phrases(names), *own], memory.calibration))
+        return DraftModel(
+            Decoder(target, drafter, successors=KEPT),
+            self._session.memory.calibration,
             end_token_ids=self._end_token_ids,
             context_length=self._draft.context_length if self._draft else None,
-            pass_seconds=lambda: self._prepared.pass_times.one,
-            calibration=session.draft_calibration,
-            worth=session.draft_worth,
         )
-        return drafter, drafter
+
+    def _window_phrases(self, names: Sequence[str]) -> list[Source]:
+        """What lookahead windows found so far."""
+        window = self._session.window
+        return [PhraseSource(lookahead.NAME, window.pool, after="prompt")] if lookahead.NAME in names else []
+
+    def _with_window(self, names: Sequence[str], drafter: Drafter) -> Drafter:
+        """`drafter` with a lookahead window beside its drafts, where that was asked for and as long as it pays."""
+        if lookahead.NAME not in names:
+            return drafter
+        window = self._session.window
+        return lookahead.LookaheadDrafter(drafter, window.pool, window=10, length=5, worth=window.worth)
 
     def _cached(self) -> int:
         target = self._workspace.target

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from .draft_tree import DraftTree
+
+if TYPE_CHECKING:
+    import torch
 
 Choose = Callable[[int, list[int]], int | None]
 """(node, tokens emitted this round) -> the target's token after that node, or None to leave it to the next round."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -27,7 +27,9 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from ouroboros_llm import Ouroboros
+from ouroboros_llm import Ouroboros, PhrasePool
+from ouroboros_llm.drafting.blend import Blend
+from ouroboros_llm.drafting.memory import Memory, sources
 
 # Tiny matrices: a second thread costs more than it brings.
 torch.set_num_threads(1)
@@ -118,6 +120,14 @@ def plain(model: PreTrainedModel, prompt_ids: list[int], max_new_tokens: int, **
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=0, **options
     )
     return output[0, len(prompt_ids) :].tolist()
+
+
+def blend(
+    *pools: PhrasePool, write: PhrasePool | None = None, drafters: Sequence[str] = ("phrases", "recycling")
+) -> Blend:
+    """Drafts from the running text, from `pools` and from what the target said before."""
+    memory = Memory()
+    return Blend(sources(drafters, memory, read=pools, write=write), memory.calibration)
 
 
 @pytest.fixture

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, byte_tokenizer, plain, tiny_model
+from conftest import ARCHITECTURES, blend, byte_tokenizer, plain, tiny_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ouroboros_llm import DecodingOptions, MemoryPool, Ouroboros
 from ouroboros_llm.decoder import Decoder
 from ouroboros_llm.draft_tree import DraftTree, TreeBuilder
 from ouroboros_llm.drafting.base import Budget, NoDrafts, Round
-from ouroboros_llm.drafting.draft_model import DraftModelDrafter
-from ouroboros_llm.drafting.phrases import PhraseDrafter
+from ouroboros_llm.drafting.names import DRAFTERS
+from ouroboros_llm.drafting.recycling import KEPT
 from ouroboros_llm.sampling import Sampler
 from ouroboros_llm.target.prepared import prepare
 from ouroboros_llm.target.scripted import ScriptedTarget
@@ -45,7 +47,7 @@ def pool_of(contents: str, wanted: list[int]) -> MemoryPool:
 
 
 def decode(architecture: str, prompt_ids: list[int], drafter: object, width: int | None = None) -> list[int]:
-    decoder = Decoder(prepare(tiny_model(architecture)).start(), drafter, width=width)
+    decoder = Decoder(prepare(tiny_model(architecture)).start(), drafter, width=width, successors=KEPT)
     rounds = decoder.rounds(prompt_ids, Sampler(), limit=TOKENS, end_token_ids={2})
     return [token_id for round in rounds for token_id in round.token_ids]
 
@@ -56,11 +58,9 @@ def test_pools_change_no_token(architecture: str, contents: str) -> None:
     for prompt in PROMPTS:
         wanted = plain(tiny_model(architecture), ids(prompt), TOKENS)
         for width in (None, 2, 5, 64):
-            pool = pool_of(contents, wanted)
-            assert decode(architecture, ids(prompt), PhraseDrafter([pool], write=pool), width) == wanted, (
-                prompt,
-                width,
-            )
+            drafter = blend(write=pool_of(contents, wanted))
+            for _ in range(2):  # the second time with what was recycled in the first
+                assert decode(architecture, ids(prompt), drafter, width) == wanted, (prompt, width)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "mistral_sliding", "gemma3_mixed"])
@@ -69,12 +69,74 @@ def test_draft_models_change_no_token(architecture: str, same_weights: bool) -> 
     forwards = 0
     for prompt, contents in itertools.product(PROMPTS, ("empty", "wrong", "branching")):
         wanted = plain(tiny_model(architecture), ids(prompt), TOKENS)
-        phrases = PhraseDrafter([pool_of(contents, wanted)])
-        small = prepare(tiny_model(architecture, seed=0 if same_weights else 1)).start()
-        drafter = DraftModelDrafter(Decoder(small, PhraseDrafter(running_text=phrases.running_text)), phrases)
-        assert decode(architecture, ids(prompt), drafter) == wanted
-        forwards += drafter.forwards
+        small = tiny_model(architecture, seed=0 if same_weights else 1)
+        store = Pools(pool_of(contents, wanted))
+        with Ouroboros(tiny_model(architecture), byte_tokenizer(), draft_model=small, store=store) as ouroboros:
+            result = ouroboros.generate(ids(prompt), options=DecodingOptions(max_new_tokens=TOKENS))
+        assert list(result.token_ids) == wanted
+        forwards += result.statistics.draft_forwards
     assert forwards > 0
+
+
+class Pools:
+    """A `PoolSource` whose every scope is one given pool."""
+
+    def __init__(self, pool: MemoryPool) -> None:
+        self._pool = pool
+
+    def open(self, scope: str, *, fingerprint: str) -> MemoryPool:
+        return self._pool
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    drafters=st.sets(st.sampled_from(DRAFTERS)),
+    prompt=st.lists(st.integers(5, 12), min_size=1, max_size=40),
+    runs=st.lists(st.lists(st.integers(0, 300), max_size=30), max_size=5),
+    documents=st.lists(st.lists(st.integers(5, 12), max_size=30), max_size=3),
+    temperature=st.sampled_from([0.0, 0.7]),
+    max_draft_tokens=st.sampled_from([None, 0, 1, 6, 63]),
+)
+def test_sources_alone_and_together_change_no_token(
+    drafters: set[str],
+    prompt: list[int],
+    runs: list[list[int]],
+    documents: list[list[int]],
+    temperature: float,
+    max_draft_tokens: int | None,
+) -> None:
+    own, quoted = MemoryPool(), MemoryPool()
+    for pool, contents in ((own, runs), (quoted, documents)):
+        for run in contents:
+            pool.add(run)
+    sampling = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else {}
+    torch.manual_seed(7)
+    wanted = plain(tiny_model(), prompt, TOKENS, **sampling)
+    with Ouroboros(
+        tiny_model(), byte_tokenizer(), draft_model=tiny_model(seed=1), store=Pools(own), documents=quoted
+    ) as ouroboros:
+        for _ in range(2):
+            result = ouroboros.generate(
+                prompt,
+                options=DecodingOptions(
+                    max_new_tokens=TOKENS,
+                    temperature=temperature,
+                    seed=7,
+                    drafters=tuple(drafters),
+                    max_draft_tokens=max_draft_tokens,
+                ),
+            )
+            assert list(result.token_ids) == wanted
+            assert set(result.statistics.accepted_by_source) <= {
+                *drafters, "text", "shared"
+            }
+            assert len(result.statistics.origins) == len(wanted)
 
 
 class Adversary:
@@ -115,7 +177,7 @@ def test_drafts_are_accepted_at_all() -> None:
     """Guards the tests above against drafters that never propose anything."""
     wanted = plain(tiny_model(), ids(PROMPTS[0]), TOKENS)
     pool = pool_of("right", wanted)
-    decoder = Decoder(prepare(tiny_model()).start(), PhraseDrafter([pool]), width=64)
+    decoder = Decoder(prepare(tiny_model()).start(), blend(pool), width=64)
     rounds = list(decoder.rounds(ids(PROMPTS[0]), Sampler(), limit=TOKENS))
     assert len(rounds) <= 4
     assert sum(len(round.accepted) for round in rounds) > TOKENS / 2
@@ -161,7 +223,7 @@ def test_attention_implementations(implementation: str) -> None:
     wanted = plain(model, ids(PROMPTS[0]), TOKENS)
     target = prepare(model).start()
     assert target.branching == "tree"
-    decoder = Decoder(target, PhraseDrafter([pool_of("branching", wanted)]), width=64)
+    decoder = Decoder(target, blend(pool_of("branching", wanted)), width=64)
     rounds = decoder.rounds(ids(PROMPTS[0]), Sampler(), limit=TOKENS, end_token_ids={2})
     assert [token_id for round in rounds for token_id in round.token_ids] == wanted
 
@@ -191,8 +253,8 @@ def test_exact_decides_near_ties_as_plain_decoding_does() -> None:
     alone = output(NoDrafts(), 0.0)
     pool = MemoryPool()
     pool.add(alone)
-    assert output(PhraseDrafter([pool]), 0.0) != alone  # without it, the tie goes either way
-    assert output(PhraseDrafter([pool]), 0.2) == alone
+    assert output(blend(pool), 0.0) != alone  # without it, the tie goes either way
+    assert output(blend(pool), 0.2) == alone
 
 
 def test_models_without_rewinding_warn_and_decode_plainly() -> None:

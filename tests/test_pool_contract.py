@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ouroboros_llm.phrases import MATCH_LIMIT, PHRASE_LENGTH, MemoryPool, Phrase, PhrasePool, PoolStats
+from ouroboros_llm.memory_pool import MemoryPool
+from ouroboros_llm.phrases import MATCH_LIMIT, PHRASE_LENGTH, Phrase, PhrasePool, PoolStats
 from ouroboros_storage import PhraseStore
 
 POSTGRES = os.environ.get("OUROBOROS_TEST_POSTGRES", "")

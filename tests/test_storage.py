@@ -409,7 +409,7 @@ def test_deleted_tokens_are_in_no_byte_of_the_file(url: str, own_engine: bool) -
         store.delete(scope)
         left = b"".join(path.read_bytes() for path in path_of(url).parent.iterdir())
         assert not any(needle in left for needle in needles)
-    assert recall(url, "other", [1, 2]) == [tuple(range(3, 51)), (3,)]
+    assert recall(url, "other", [1, 2]) == [tuple(range(3, 67)), (3,)]
 
 
 def test_delete_says_when_another_connection_keeps_the_old_bytes(url: str, impatient: None) -> None:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from ouroboros_llm import DecodingOptions, GenerationResult, OptionError, Ouroboros, Piece, __version__
 from ouroboros_llm.defaults import DEFAULT_STORE, default_model, shared
-from ouroboros_llm.phrases import MemorySource
+from ouroboros_llm.memory_pool import MemorySource
 
 from ._pieces import threaded, timed
 

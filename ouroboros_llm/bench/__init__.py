@@ -1,1 +1,1 @@
-"""Side-by-side measurements: `python -m ouroboros_llm.bench --help`."""
+"""Side-by-side measurements and their reports: `ouroboros bench --help`."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ..draft_tree import DraftTree
+
+Successors = tuple[tuple[int, float], ...]
+"""(token id, probability) of the tokens that the target found likeliest after a node, likeliest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +35,27 @@ class Round:
     """The nodes after which they were emitted, root first; all but the root were accepted."""
     likeliest: tuple[int, ...]
     """Per node, rejected ones included: the token the target finds likeliest after it."""
+    successors: tuple[Successors, ...] = ()
+    """Per node, where the drafter asked for them."""
 
     @property
     def accepted(self) -> tuple[int, ...]:
         """The accepted nodes."""
         return self.path[1:]
 
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """Per emitted token: the source that drafted it, or "recovered" (all drafts for it were rejected), or "bonus"
+        (there were none to reject)."""
+        if not self.token_ids:
+            return ()
+        drafted = (self.draft.sources[node] for node in self.accepted)
+        return (*drafted, "recovered" if self.path[-1] in self.draft.parents else "bonus")
+
 
 @runtime_checkable
 class Drafter(Protocol):
-    """A source of drafts. Nothing it answers can change a token of the output."""
+    """Makes drafts. Nothing it answers can change a token of the output."""
 
     def open(self, context: Sequence[int]) -> None:
         """A new text begins with `context`."""
@@ -51,6 +65,47 @@ class Drafter(Protocol):
 
     def learn(self, round: Round) -> None:
         """Take note of a round, the prefill's included. The context has grown by `round.token_ids`."""
+
+
+class Guess(NamedTuple):
+    """What a source says of one token."""
+
+    evidence: Hashable
+    """The kind of evidence it rests on: guesses of one kind are right equally often. Made of strings and numbers,
+    the source's name first."""
+    prior: float
+    """How often such guesses are right, as long as nothing is known of them."""
+
+
+class Guesses(NamedTuple):
+    """What a source says of the next token."""
+
+    by_token: Mapping[int, Guess]
+    otherwise: Guess
+    """What it says of every other token."""
+    match_length: int = 0
+    """Tokens of context that the guesses rest on, where that can be said."""
+
+
+class Source(Protocol):
+    """Guesses one token at a time, for `Blend` to grow a tree of. States belong to one draft and are opaque."""
+
+    name: str
+
+    def open(self, context: Sequence[int]) -> None:
+        """A new text begins with `context`."""
+
+    def start(self, context: Sequence[int]) -> Any:
+        """The state after `context`; None where the source has nothing to say."""
+
+    def follow(self, state: Any, token_id: int) -> Any:
+        """The state one token on; None where the source has nothing to say there."""
+
+    def guesses(self, state: Any) -> Guesses | None:
+        """What may come next."""
+
+    def learn(self, round: Round) -> None:
+        """Take note of a round, the prefill's included."""
 
 
 class NoDrafts:

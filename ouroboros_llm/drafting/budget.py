@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from ..draft_tree import MAX_WIDTH
 from .base import Budget
 
+_WIDTHS = tuple(2**power for power in range(1, MAX_WIDTH.bit_length()))
 
-def best_width(path_chances: Sequence[float], budget: Budget) -> int:
-    """The number of nodes, root included, that promises most tokens per second (goodput, arXiv 2406.14066).
 
-    Args:
-        path_chances: per guess, best first: the probability that the whole path to it is accepted.
-        budget: its `cost` says what a pass over so many tokens takes. Without one, all guesses are worth it.
+class WidthChoice:
+    """Finds the number of nodes that promises most tokens per second (goodput, arXiv 2406.14066) as a draft grows.
+
+    A pass emits one token and every guess whose whole path is right, so a draft of `width` nodes promises one and the
+    sum of its path chances, in the time that a pass over `width` tokens takes.
     """
-    if budget.cost is None:
-        return min(1 + len(path_chances), budget.width)
-    best, best_rate, tokens = 1, 1.0, 1.0
-    for width, chance in enumerate(path_chances[: budget.width - 1], start=2):
-        tokens += chance
-        rate = tokens / budget.cost(width)
-        if rate > best_rate:
-            best, best_rate = width, rate
-    return best
+
+    def __init__(self, budget: Budget) -> None:
+        """`budget`: its `cost` says what a pass takes. Without one, all guesses are worth it."""
+        self.best = 1
+        """The width that promises most, root included."""
+        self._cost, self._limit = budget.cost, budget.width
+        self._width, self._tokens, self._rate = 1, 1.0, 1.0
+
+    def add(self, path_chance: float) -> bool:
+        """Count one more node, no likelier than those before. Whether nodes as likely as this one might still pay."""
+        self._width += 1
+        self._tokens += path_chance
+        if self._cost is None:
+            self.best = self._width
+            return True
+        rate = self._tokens / self._cost(self._width)
+        if rate > self._rate:
+            self.best, self._rate = self._width, rate
+        return any(
+            self._tokens + path_chance * (width - self._width) > self._rate * self._cost(width)
+            for width in _WIDTHS
+            if self._width < width <= self._limit
+        )

@@ -2,34 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import json
+from collections.abc import Hashable, Sequence
+from math import exp, log
+from typing import Any, NamedTuple
 
-from .base import Round
+_PRIOR_WEIGHT = 4.0
+"""A prior counts as this many observations."""
+
+_MEMORY = 1000.0
+"""Observations after which half of them are forgotten, so that chances follow the text."""
+
+_LEARNING_RATE = 0.01
+
+_WEIGHTS = {"recycling": 0.3}
+"""Where weights begin for sources that say little beside others."""
+
+_CERTAIN = 0.9995
+"""No single source is believed more than this."""
+
+
+Situation = tuple[str, int]
+"""Which sources have a say, joined by "+", and how much text stands behind them: opinions are weighed by it."""
+
+
+class Estimate(NamedTuple):
+    """The chance of one guess, and what it was estimated from."""
+
+    chance: float
+    evidence: tuple[Hashable, ...]
+    """Per source that had a say."""
+    inputs: tuple[float, ...]
+    """Per source that had a say: the log odds of its own chance."""
+    situation: Situation
 
 
 class Calibration:
-    """Per kind of evidence, how many guesses the target chose out of those it got to judge."""
+    """Per kind of evidence, how often guesses were right that the target got to judge; and how far, in each situation,
+    each source's opinion counts.
 
-    _PRIOR_WEIGHT = 4.0
-    _MEMORY = 256.0
+    The opinions are mixed in the logistic domain, `chance = sigmoid(bias + sum(weight * log odds))`, and the weights
+    follow the gradient of coding cost (the mixing of the PAQ compressors, Mahoney 2005), online.
+    """
 
     def __init__(self) -> None:
         self._counts: dict[Hashable, tuple[float, float]] = {}
+        self._weights: dict[Situation, list[float]] = {}
 
     def chance(self, evidence: Hashable, prior: float) -> float:
-        """The estimated probability that a guess on `evidence` is right; `prior` counts as a few observations."""
+        """The estimated probability that a guess on `evidence` is right."""
         hits, trials = self._counts.get(evidence, (0.0, 0.0))
-        return (hits + prior * self._PRIOR_WEIGHT) / (trials + self._PRIOR_WEIGHT)
+        return (hits + prior * _PRIOR_WEIGHT) / (trials + _PRIOR_WEIGHT)
 
-    def learn(self, round: Round, source: str) -> None:
-        """Count the guesses of `source` whose parents were chosen: only those were judged in their own context."""
-        path = set(round.path)
-        for node in range(1, round.draft.width):
-            if round.draft.parents[node] in path and round.draft.sources[node] == source:
-                self._count(round.draft.evidence[node], node in path)
+    def log_odds(self, evidence: Hashable, prior: float) -> float:
+        chance = min(max(self.chance(evidence, prior), 1 - _CERTAIN), _CERTAIN)
+        return log(chance / (1 - chance))
 
-    def _count(self, evidence: Hashable, hit: bool) -> None:
-        hits, trials = self._counts.get(evidence, (0.0, 0.0))
-        # Old observations fade, so that the chances follow the text.
-        fade = 0.5 if trials >= self._MEMORY else 1.0
-        self._counts[evidence] = (hits * fade + hit, trials * fade + 1)
+    def weights(self, situation: Situation) -> Sequence[float]:
+        """The weight of each source that has a say, and a bias."""
+        known = self._weights.get(situation)
+        if known is None:
+            names = situation[0].split("+")
+            # Alone, a source is taken at its word; beside others, for a part of what they know together.
+            known = [1.0 if len(names) == 1 else _WEIGHTS.get(name, 0.85) for name in names] + [0.15]
+            self._weights[situation] = known
+        return known
+
+    def learn(self, estimate: Estimate, hit: bool) -> None:
+        """Take note of what became of a guess."""
+        for evidence in estimate.evidence:
+            hits, trials = self._counts.get(evidence, (0.0, 0.0))
+            fade = 0.5 if trials >= _MEMORY else 1.0
+            self._counts[evidence] = (hits * fade + hit, trials * fade + 1)
+        weights = self._weights[estimate.situation]
+        step = _LEARNING_RATE * (hit - estimate.chance)
+        for number, value in enumerate(estimate.inputs):
+            weights[number] += step * value
+        weights[-1] += step
+
+    def to_bytes(self) -> bytes:
+        """All that was learned, to be kept."""
+        counts = [[list(key), round(hits, 2), trials] for key, (hits, trials) in self._counts.items()]  # type: ignore[call-overload]
+        weights = [[list(key), [round(weight, 4) for weight in value]] for key, value in self._weights.items()]
+        return json.dumps({"version": 1, "counts": counts, "weights": weights}, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Calibration:
+        """What `to_bytes` kept; nothing learned where it cannot be read, which costs speed only."""
+        calibration = cls()
+        try:
+            kept: dict[str, Any] = json.loads(data)
+            if kept["version"] == 1:
+                calibration._counts = {tuple(key): (float(hits), float(trials)) for key, hits, trials in kept["counts"]}
+                for (names, length), weights in kept["weights"]:
+                    if len(calibration.weights((names, length))) == len(weights):
+                        calibration._weights[names, length] = [float(weight) for weight in weights]
+        except (ValueError, KeyError, TypeError):
+            return cls()
+        return calibration
+
+
+def mix(weights: Sequence[float], inputs: Sequence[float]) -> float:
+    """The chance that opinions come to together."""
+    total = weights[-1]
+    for weight, value in zip(weights, inputs, strict=False):
+        total += weight * value
+    return 1 / (1 + exp(-total)) if total > -30 else 0.0

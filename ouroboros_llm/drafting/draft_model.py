@@ -3,93 +3,129 @@
 from __future__ import annotations
 
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
 from time import perf_counter
 
-import torch
-
 from ..decoder import Decoder
-from ..draft_tree import DraftTree, TreeBuilder
-from ..verification import Choose
-from .base import Budget, Round
+from ..draft_tree import DraftTree
+from ..sampling import Sampler
+from .base import Budget, Guess, Guesses, Round, Successors
+from .blend import Blend
 from .calibration import Calibration
-from .phrases import PhraseDrafter
 
-SOURCE = "draft_model"
+NAME = "draft_model"
+
+ALTERNATIVES = 4
+"""Tokens of the draft model's that are guesses at each place, the likeliest first."""
+
+_PROBABILITIES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
+"""Bounds of the classes in which guesses are equally good."""
+
+_OTHERWISE = Guess((NAME, "other"), prior=0.05)
 
 
-class DraftModelDrafter:
-    """A path of the draft model's choices, lengthened by phrases, beside what phrases alone suggest.
+class DraftModel:
+    """A `Source`: what a draft model would say next, and beside it what else it thinks likely.
 
-    The draft model chooses greedily whatever the target does: drafts only say how far one pass may reach. It stops
-    where the target is no longer likely to follow (a threshold on the estimated acceptance of the whole path, as in
-    SpecDec++, arXiv 2405.19715), and does not start where phrases are already sure of as many tokens.
+    It chooses greedily whatever the target does, and stops where the target is no longer likely to follow (a threshold
+    on the estimated acceptance of the whole path, as in SpecDec++, arXiv 2405.19715).
     """
+
+    name = NAME
 
     def __init__(
         self,
         decoder: Decoder,
-        phrases: PhraseDrafter,
+        calibration: Calibration,
         *,
         length: int = 8,
         min_chance: float = 0.3,
         end_token_ids: Collection[int] = (),
         context_length: int | None = None,
-        pass_seconds: Callable[[], float | None] = lambda: None,
-        calibration: Calibration | None = None,
-        worth: Worth | None = None,
     ) -> None:
-        """`decoder`: over the draft model; `phrases`: of the target; `length`: tokens drafted at most.
-
-        `context_length`: tokens that the draft model can read; `pass_seconds`: what a pass of the target takes;
-        `worth`: what drafting has cost and brought so far.
-        """
-        self._decoder, self._phrases, self._length, self._min_chance = decoder, phrases, length, min_chance
-        self._end_token_ids, self._pass_seconds = end_token_ids, pass_seconds
-        self._context_length = context_length or sys.maxsize
-        self._calibration, self._worth = calibration or Calibration(), worth or Worth()
+        """`decoder`: over the draft model, with `ALTERNATIVES` successors; `length`: tokens drafted at most;
+        `min_chance`: of a path, to go on; `context_length`: tokens that the draft model can read."""
+        self._decoder, self._calibration = decoder, calibration
+        self.length, self._min_chance = length, min_chance
+        self._end_token_ids, self._context_length = end_token_ids, context_length or sys.maxsize
+        self._path: list[tuple[int, Successors]] = []
+        self._begins_at = -1
         self.forwards = 0
         """Passes of the draft model so far."""
 
     def open(self, context: Sequence[int]) -> None:
-        self._phrases.open(context)
+        """The decoder opens its own text, every time it is asked."""
 
-    def draft(self, context: Sequence[int], budget: Budget) -> DraftTree:
-        alone = self._phrases.draft(context, budget)
-        tokens = sum(_path_chances(alone))
-        readable = len(context) + self._length < self._context_length
-        if tokens > 1 + self._length / 2 or not readable or not self._worth.pays(tokens, self._pass_seconds()):
-            return alone
-        builder = TreeBuilder(context[-1], budget.width)
-        began = perf_counter()
-        leaf, path = self._grow(builder, context, budget)
-        self._worth.spent(perf_counter() - began)
-        self._phrases.grow(builder, leaf, [*context, *path], budget)
-        self._phrases.grow(builder, 0, context, budget)
-        return builder.build()
+    def can_read(self, context: Sequence[int]) -> bool:
+        return len(context) + self.length < self._context_length
+
+    def ask(self, context: Sequence[int], limit: int) -> None:
+        """Let the draft model go on from `context`; what it says holds for the next draft there."""
+        self._path, self._begins_at = [], len(context)
+        path_chance, limit = 1.0, min(self.length, limit)
+        # It is asked a chunk at a time, and abandoned as soon as the path gets unlikely.
+        for round in self._decoder.rounds(context, Sampler(), limit=limit, end_token_ids=self._end_token_ids):
+            self.forwards += 1
+            for node, token_id in zip(round.path, round.token_ids, strict=True):
+                successors = round.successors[node]
+                self._path.append((token_id, successors))
+                guess = _guess(0, dict(successors).get(token_id, 0.0))
+                path_chance *= self._calibration.chance(guess.evidence, guess.prior)
+            if path_chance < self._min_chance:
+                return
+
+    def start(self, context: Sequence[int]) -> int | None:
+        return 0 if self._path and self._begins_at == len(context) else None
+
+    def follow(self, state: int, token_id: int) -> int | None:
+        goes_on = self._path[state][0] == token_id and state + 1 < len(self._path)
+        return state + 1 if goes_on else None
+
+    def guesses(self, state: int) -> Guesses | None:
+        successors = self._path[state][1]
+        by_token = {token_id: _guess(rank, probability) for rank, (token_id, probability) in enumerate(successors)}
+        return Guesses(by_token, _OTHERWISE)
 
     def learn(self, round: Round) -> None:
-        self._phrases.learn(round)
-        self._calibration.learn(round, SOURCE)
-        if SOURCE in round.draft.sources:
-            self._worth.gained(len(round.token_ids))
+        """The text has grown: what was said of it is used up."""
+        self._path = []
 
-    def _grow(self, builder: TreeBuilder, context: Sequence[int], budget: Budget) -> tuple[int, list[int]]:
-        """Add the draft model's path; its last node, and its tokens."""
-        node, path = 0, list[int]()
-        sampler = ConfidentSampler()
-        limit = min(self._length, budget.depth, builder.room)
-        for round in self._decoder.rounds(context, sampler, limit=limit, end_token_ids=self._end_token_ids):
-            self.forwards += 1
-            for token_id, probability in zip(round.token_ids, sampler.take(len(round.token_ids)), strict=True):
-                evidence = round_probability(probability)
-                chance = self._calibration.chance(evidence, prior=probability)
-                child = builder.add(node, token_id, chance, SOURCE, evidence)
-                if child is None or builder.path_chances[child] < self._min_chance:
-                    return child or node, [*path, token_id] if child else path
-                node = child
-                path.append(token_id)
-        return node, path
+
+class DraftModelDrafter:
+    """A `Drafter` that asks a draft model where its guesses pay, and blends them with what the other sources say."""
+
+    def __init__(
+        self,
+        model: DraftModel,
+        blend: Blend,
+        *,
+        pass_seconds: Callable[[], float | None] = lambda: None,
+        worth: Worth | None = None,
+    ) -> None:
+        """`blend`: has `model` among its sources; `pass_seconds`: what a pass of the target takes; `worth`: what
+        drafting has cost and brought so far."""
+        self.model, self._blend, self._pass_seconds, self._worth = model, blend, pass_seconds, worth or Worth()
+
+    def open(self, context: Sequence[int]) -> None:
+        self._blend.open(context)
+
+    def draft(self, context: Sequence[int], budget: Budget) -> DraftTree:
+        alone = self._blend.draft(context, budget)
+        tokens = sum(_path_chances(alone))
+        # Where the other sources are sure of as much as it could say, it need not be asked.
+        sure = tokens > 1 + self.model.length / 2
+        if sure or not self.model.can_read(context) or not self._worth.pays(tokens, self._pass_seconds()):
+            return alone
+        began = perf_counter()
+        self.model.ask(context, min(budget.depth, budget.width - 1))
+        self._worth.spent(perf_counter() - began)
+        return self._blend.draft(context, budget)
+
+    def learn(self, round: Round) -> None:
+        if NAME in round.draft.sources:
+            self._worth.gained(len(round.token_ids))
+        self._blend.learn(round)
 
 
 class Worth:
@@ -120,33 +156,13 @@ class Worth:
 
     def gained(self, tokens: int) -> None:
         """A round with a draft of the draft model emitted so many tokens."""
-        self._tokens += (tokens - self._tokens) / min(self._rounds, 16)
+        self._tokens += (tokens - self._tokens) / min(max(self._rounds, 1), 16)
 
 
-class ConfidentSampler:
-    """A greedy `Chooser` that remembers how probable the draft model found each of its choices."""
-
-    def __init__(self) -> None:
-        self._probabilities: list[float] = []
-
-    def chooser(self, logits: torch.Tensor, likeliest: Sequence[int], context: Sequence[int]) -> Choose:
-        self._probabilities = []
-
-        def choose(node: int, emitted: list[int]) -> int:
-            row = logits[node].float()
-            self._probabilities.append(float((row[likeliest[node]] - row.logsumexp(-1)).exp()))
-            return likeliest[node]
-
-        return choose
-
-    def take(self, count: int) -> list[float]:
-        """The probabilities of the last `count` choices."""
-        return self._probabilities[-count:] if count else []
-
-
-def round_probability(probability: float) -> int:
-    """Probabilities in eight classes."""
-    return min(int(probability * 8), 7)
+def _guess(rank: int, probability: float) -> Guess:
+    # The likeliest token is the target's choice more often than its probability says: both are a little alike.
+    prior = 0.3 + 0.7 * probability if rank == 0 else probability / 2
+    return Guess((NAME, rank, bisect_right(_PROBABILITIES, probability)), prior)
 
 
 def _path_chances(draft: DraftTree) -> list[float]:

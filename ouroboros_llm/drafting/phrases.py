@@ -2,129 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Literal
 
-from ..draft_tree import DraftTree, TreeBuilder
-from ..phrases import MATCH_LIMIT, MemoryPool, Phrase, PhrasePool
-from .base import Budget, Round
-from .budget import best_width
-from .calibration import Calibration
-
-SOURCE = "phrases"
+from ..memory_pool import MemoryPool
+from ..phrases import ANSWER, MATCH_LIMIT, PhrasePool
+from .base import Guess, Guesses, Round
 
 _MIN_REJECTED_RUN = 3
 """Shorter runs of a rejected draft say little: one token and the target's next."""
 
-_MIN_CHANCE = 0.003
-"""Paths less likely than this are never worth a node."""
+_LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 21, 33)
+_SHARES = (0.02, 0.1, 0.3, 0.5, 0.75, 0.95)
+_COUNTS = (2, 3, 5, 9)
+"""Bounds of the classes in which guesses are equally good."""
+
+Cursor = tuple[tuple[int, ...], int, int, int]
+"""A place in a phrase: its tokens, how many of them are passed, how many tokens before agree, and how often it was
+seen."""
 
 
-@dataclass(slots=True)
-class _Branch:
-    """The phrases that agree so far, merged into one node."""
+class Branch:
+    """The phrases that agree with a path so far."""
 
-    weight: float = 0.0
-    match_length: int = 0
-    children: dict[int, _Branch] = field(default_factory=dict)
+    __slots__ = ("_by_token", "cursors")
+
+    def __init__(self, cursors: list[Cursor]) -> None:
+        self.cursors = cursors
+        self._by_token: dict[int, list[Cursor]] | None = None
+
+    @property
+    def by_token(self) -> dict[int, list[Cursor]]:
+        """The phrases that go on, by their next token."""
+        if self._by_token is None:
+            self._by_token = {}
+            for token_ids, passed, length, count in self.cursors:
+                if passed < len(token_ids):
+                    ahead = (token_ids, passed + 1, length + 1, count)
+                    self._by_token.setdefault(token_ids[passed], []).append(ahead)
+        return self._by_token
 
 
-class PhraseDrafter:
-    """Grows the likeliest continuations, best first, from the running text and the pools of a session."""
+class PhraseSource:
+    """Continuations of the longest suffixes found in a pool, weighed by match length and count."""
 
     def __init__(
-        self,
-        read: Sequence[PhrasePool] = (),
-        *,
-        write: PhrasePool | None = None,
-        running_text: MemoryPool | None = None,
-        calibration: Calibration | None = None,
+        self, name: str, pool: PhrasePool, *, learns: bool = False, after: Literal["prompt", "answer"] = "answer"
     ) -> None:
-        """`read`: pools to look in; `write`: where rejected-but-right runs go; a `running_text` given is only read."""
-        self._owns_text = running_text is None
-        self.running_text = running_text or MemoryPool()
-        self._pools = (self.running_text, *read)
-        self._write = write
-        self._calibration = calibration or Calibration()
+        """`learns`: add rejected-but-right runs to the pool; `after`: whether what is looked up may reach back into
+        the prompt, or begins with the answer, as what pools of answers hold does."""
+        self.name, self.pool, self._learns, self._after = name, pool, learns, after
+        self._answer_start = 0
 
     def open(self, context: Sequence[int]) -> None:
-        if self._owns_text:
-            self.running_text.extend(context)
+        self._answer_start = len(context)
 
-    def draft(self, context: Sequence[int], budget: Budget) -> DraftTree:
-        builder = TreeBuilder(context[-1], budget.width)
-        self.grow(builder, 0, context, budget)
-        return builder.build()
+    def start(self, context: Sequence[int]) -> Branch | None:
+        start = len(context) - MATCH_LIMIT
+        tail = list(context[max(start, 0) :])
+        if self._after == "answer" and start < self._answer_start:
+            tail = [ANSWER, *context[self._answer_start :]]
+        phrases = self.pool.match(tail)
+        return Branch([(p.token_ids, 0, p.match_length, p.count) for p in phrases]) if phrases else None
+
+    def follow(self, state: Branch, token_id: int) -> Branch | None:
+        cursors = state.by_token.get(token_id)
+        return Branch(cursors) if cursors else None
+
+    def guesses(self, state: Branch) -> Guesses | None:
+        summary, total, longest = [], 0.0, 0
+        for token_id, cursors in state.by_token.items():
+            weight, length, count = 0.0, 0, 0
+            for _, _, ahead, seen in cursors:
+                # A longer match is rarer and says more; weights grow as fast as matches of that length get rarer.
+                weight += seen * 4.0 ** min(ahead - 1, 8)
+                length = max(length, ahead - 1)
+                count += seen
+            summary.append((token_id, weight, length, count))
+            total += weight
+            longest = max(longest, length)
+        if not summary:
+            return None
+        by_token = {
+            token_id: Guess(
+                (self.name, bisect_right(_LENGTHS, length), bisect_right(_SHARES, weight / total), bisect_right(_COUNTS, count)),
+                prior=weight / total * (1 - 0.6**length),
+            )
+            for token_id, weight, length, count in summary
+        }
+        return Guesses(by_token, Guess((self.name, "other", min(longest, 8)), prior=0.02), longest)
 
     def learn(self, round: Round) -> None:
-        self._calibration.learn(round, SOURCE)
-        if self._owns_text:
-            self.running_text.extend(round.token_ids)
-        if self._write is not None:
+        if self._learns:
             for run in rejected_but_right(round):
-                self._write.add(run)
-
-    def grow(self, builder: TreeBuilder, node: int, context: Sequence[int], budget: Budget) -> None:
-        """Add what may follow `context`, which ends at `node` of the tree, as far as it pays."""
-        guesses = list(self._guesses(context, builder.path_chances[node], min(builder.room, budget.depth)))
-        wanted = best_width([*builder.path_chances[1:], *(guess[0] for guess in guesses)], budget)
-        nodes = [node]
-        for _, parent, token_id, chance, evidence in guesses[: max(0, wanted - len(builder.token_ids))]:
-            added = builder.add(nodes[parent], token_id, chance, SOURCE, evidence)
-            if added is None:
-                return
-            nodes.append(added)
-
-    def _guesses(
-        self, context: Sequence[int], path_chance: float, limit: int
-    ) -> Iterator[tuple[float, int, int, float, tuple[int, int]]]:
-        """(path chance, parent's number, token, chance, evidence) of at most `limit` guesses, likeliest path first.
-
-        Guesses are numbered from 1 in the order they come; 0 is where they start.
-        """
-        tail = context[-MATCH_LIMIT:]
-        root = self._merge((phrase for pool in self._pools for phrase in pool.match(tail)), limit)
-        heap: list[tuple[float, int, int, int, float, tuple[int, int], _Branch]] = []
-        pushed = number = 0
-        branch, parent = root, 0
-        while number < limit:
-            for token_id, child in branch.children.items():
-                chance, evidence = self._chance(child, branch)
-                pushed += 1
-                if path_chance * chance > _MIN_CHANCE:
-                    heappush(heap, (-path_chance * chance, pushed, parent, token_id, chance, evidence, child))
-            if not heap:
-                return
-            negative, _, origin, token_id, chance, evidence, branch = heappop(heap)
-            path_chance, number = -negative, number + 1
-            parent = number
-            yield path_chance, origin, token_id, chance, evidence
-
-    def _merge(self, phrases: Iterable[Phrase], limit: int) -> _Branch:
-        """One tree of all phrases, cut after `limit` tokens."""
-        root = _Branch()
-        for phrase in phrases:
-            # A longer match is rarer and says more; weights grow as fast as matches of that length get rarer.
-            weight = phrase.count * 4.0 ** min(phrase.match_length, 8)
-            branch = root
-            for depth, token_id in enumerate(phrase.token_ids[:limit]):
-                branch = branch.children.setdefault(token_id, _Branch())
-                branch.weight += weight
-                branch.match_length = max(branch.match_length, phrase.match_length + depth)
-        return root
-
-    def _chance(self, child: _Branch, parent: _Branch) -> tuple[float, tuple[int, int]]:
-        """The chance of a branch from its share among its siblings and the length of the match behind it."""
-        share = child.weight / sum(sibling.weight for sibling in parent.children.values())
-        length = min(child.match_length, 12)
-        evidence = (length, round_share(share))
-        return self._calibration.chance(evidence, prior=share * (1 - 0.6**length)), evidence
+                self.pool.add(run, answer=False)
 
 
-def round_share(share: float) -> int:
-    """Shares in five classes: the only continuation, most, about half, few, hardly any."""
-    return sum(share >= bound for bound in (0.02, 0.2, 0.5, 0.95))
+class RunningText:
+    """The text so far, prompt and output, as a pool of its own: prompt lookup falls out of it."""
+
+    def __init__(self, name: str = "text") -> None:
+        self.name, self.pool = name, MemoryPool()
+        self._phrases = PhraseSource(name, self.pool, after="prompt")
+
+    def open(self, context: Sequence[int]) -> None:
+        self.pool.extend(context)
+
+    def start(self, context: Sequence[int]) -> Branch | None:
+        return self._phrases.start(context)
+
+    def follow(self, state: Branch, token_id: int) -> Branch | None:
+        return self._phrases.follow(state, token_id)
+
+    def guesses(self, state: Branch) -> Guesses | None:
+        return self._phrases.guesses(state)
+
+    def learn(self, round: Round) -> None:
+        self.pool.extend(round.token_ids)
 
 
 def rejected_but_right(round: Round) -> list[tuple[int, ...]]:

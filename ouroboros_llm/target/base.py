@@ -26,13 +26,18 @@ class TargetModel(Protocol):
         """The widest kind of draft that `verify` takes."""
 
     @property
+    def prefill_branching(self) -> Branching:
+        """The widest kind of draft that `prefill` takes."""
+
+    @property
     def token_ids(self) -> Sequence[int]:
         """The committed text: its keys and values are there."""
 
-    def prefill(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Read a text, reusing the longest prefix already there; logits [1, vocabulary] after its last token.
+    def prefill(self, token_ids: Sequence[int], draft: DraftTree | None = None) -> torch.Tensor:
+        """Read a text, reusing the longest prefix already there, and verify `draft` in the same pass.
 
-        The last token is left pending as the root of a draft without guesses: `keep((0,))` commits it.
+        The draft's root is the text's last token; None is a draft without guesses. Logits [width, vocabulary] after
+        each node. The text up to the root is committed, the nodes are left pending.
         """
 
     def verify(self, draft: DraftTree) -> torch.Tensor:

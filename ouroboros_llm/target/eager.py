@@ -45,26 +45,27 @@ class EagerTarget:
         self._vocabulary = vocabulary_size(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def prefill(self, token_ids: Sequence[int]) -> torch.Tensor:
-        reused = self.common_prefix(token_ids)
-        self.rewind(reused)
-        rest = token_ids[reused:]
-        chunk = PREFILL_CHUNK if self.cache.can_rewind else len(rest)
-        for start in range(0, len(rest), chunk):
-            logits = self._forward(rest[start : start + chunk], start=reused + start, logits_to_keep=1)
-        self.token_ids += rest[:-1]
-        self._pending = (rest[-1],)
+    @property
+    def prefill_branching(self) -> Branching:
+        # States of convolutions that a first pass brings into being cannot drop their end yet.
+        return self.branching if self.cache.can_rewind else "none"
+
+    def prefill(self, token_ids: Sequence[int], draft: DraftTree | None = None) -> torch.Tensor:
+        self.rewind(self.common_prefix(token_ids))
+        chunk = PREFILL_CHUNK if self.cache.can_rewind else len(token_ids)
+        while len(unread := token_ids[len(self.token_ids) : -1]) > chunk:
+            self._forward(DraftTree.chain(unread[:chunk]), logits_to_keep=1)
+            self.token_ids += unread[:chunk]
+        draft = draft or DraftTree.root(token_ids[-1])
+        logits = self._forward(draft.behind(unread), logits_to_keep=draft.width)
+        self.token_ids += unread
+        self._pending = draft.token_ids
         return logits
 
     def verify(self, draft: DraftTree) -> torch.Tensor:
-        start = len(self.token_ids)
         began = perf_counter()
-        mask = None
-        if not draft.is_chain:
-            mask = tree_masks(draft, start, self.config, self.model.device, self.model.dtype)
-        positions = [start + depth for depth in draft.depths]
         self._pending = draft.token_ids
-        logits = self._forward(draft.token_ids, positions=positions, mask=mask)
+        logits = self._forward(draft)
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         self.pass_times.add(draft.width, perf_counter() - began)
@@ -92,25 +93,17 @@ class EagerTarget:
         return next((i for i in range(limit) if self.token_ids[i] != token_ids[i]), limit)
 
     @torch.inference_mode()
-    def _forward(
-        self,
-        token_ids: Sequence[int],
-        *,
-        start: int = 0,
-        positions: Sequence[int] | None = None,
-        mask: Any = None,
-        logits_to_keep: int = 0,
-    ) -> torch.Tensor:
-        """Logits [tokens, vocabulary], or of the last `logits_to_keep` tokens."""
-        device = self.model.device
+    def _forward(self, draft: DraftTree, logits_to_keep: int = 0) -> torch.Tensor:
+        """One pass over `draft` behind the committed text; logits [width, vocabulary], or of the last so many nodes."""
+        device, start = self.model.device, len(self.token_ids)
         # An id outside the vocabulary cannot be looked up. The target never chooses one, so any stand-in is right.
-        ids = torch.tensor([token_ids], device=device)
+        ids = torch.tensor([draft.token_ids], device=device)
         ids = torch.where(ids < self._vocabulary, ids, 0)
-        positions = range(start, start + len(token_ids)) if positions is None else positions
+        mask = None if draft.is_chain else tree_masks(draft, start, self.config, device, self.model.dtype)
         kept = {"logits_to_keep": logits_to_keep} if self._keeps_logits else {}
         output = self.model(
             input_ids=ids,
-            position_ids=torch.tensor([list(positions)], device=device),
+            position_ids=torch.tensor([draft.depths], device=device) + start,
             attention_mask=mask,
             past_key_values=self.cache.states,
             use_cache=True,

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
@@ -26,6 +27,8 @@ class PreparedModel:
     probe: Probe
     pass_times: PassTimes
     lock: threading.RLock
+    fingerprint: str
+    """Tells models apart whose choices differ; opaque."""
 
     @property
     def context_length(self) -> int | None:
@@ -41,8 +44,11 @@ class PreparedModel:
 
 
 # The values must not hold the model, or it would never be freed.
-_known: WeakKeyDictionary[PreTrainedModel, tuple[object, Probe, PassTimes, threading.RLock]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[PreTrainedModel, tuple[object, Probe, PassTimes, threading.RLock, str]] = WeakKeyDictionary()
 _preparing = threading.Lock()
+
+_SAMPLED = 16
+"""Numbers of each weight that a fingerprint looks at."""
 
 
 def prepare(model: PreTrainedModel) -> PreparedModel:
@@ -55,8 +61,19 @@ def prepare(model: PreTrainedModel) -> PreparedModel:
             found, times = probe(model), PassTimes(kind_of(model))
             if found.branching != "none":
                 _time(EagerTarget(model, found.branching, times))
-            _known[model] = (state, found, times, threading.RLock())
+            _known[model] = (state, found, times, threading.RLock(), fingerprint(model))
         return PreparedModel(model, *_known[model][1:])
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A hash of a model's architecture and of a sample of its weights."""
+    digest = blake2b(type(model).__name__.encode(), digest_size=16)
+    for name, parameter in model.named_parameters():
+        row = parameter.detach().flatten()
+        sample = row[:: max(1, row.numel() // _SAMPLED)][:_SAMPLED]
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager

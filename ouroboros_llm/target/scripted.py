@@ -21,12 +21,13 @@ class ScriptedTarget:
     ) -> None:
         """`logits_after` returns [vocabulary]; `costs` is what `cost` answers."""
         self._logits_after, self.branching, self.cost = logits_after, branching, costs
+        self.prefill_branching = branching
         self.token_ids: list[int] = []
         self._pending: tuple[int, ...] = ()
 
-    def prefill(self, token_ids: Sequence[int]) -> torch.Tensor:
-        self.token_ids, self._pending = list(token_ids[:-1]), (token_ids[-1],)
-        return self._logits_after(tuple(token_ids))[None]
+    def prefill(self, token_ids: Sequence[int], draft: DraftTree | None = None) -> torch.Tensor:
+        self.token_ids = list(token_ids[:-1])
+        return self.verify(draft or DraftTree.root(token_ids[-1]))
 
     def verify(self, draft: DraftTree) -> torch.Tensor:
         self._pending = draft.token_ids

@@ -20,6 +20,7 @@ class StepwiseTarget:
     """A `TargetModel` that carries whatever state the model returns from one pass to the next."""
 
     branching: Branching = "none"
+    prefill_branching: Branching = "none"
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Raises ModelError where the model returns no state to carry, as encoder-decoder models and encoders do."""
@@ -36,7 +37,7 @@ class StepwiseTarget:
         self._state_name = names[0]
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
-    def prefill(self, token_ids: Sequence[int]) -> torch.Tensor:
+    def prefill(self, token_ids: Sequence[int], draft: DraftTree | None = None) -> torch.Tensor:
         self.token_ids, self._state = list(token_ids[:-1]), None
         # In one pass: continuing a recurrent state by many tokens is not something every model does right.
         return self._forward(token_ids)[-1:]

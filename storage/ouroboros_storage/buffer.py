@@ -1,4 +1,4 @@
-"""Runs on their way to the database."""
+"""Runs and notes on their way to the database."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Buffer:
         self._size = 0
         self._now = 0
 
-    def add(self, key: ScopeKey, data: bytes) -> None:
+    def add(self, key: ScopeKey, data: bytes, *, answer: bool = True) -> None:
         """Remember a run by its encoded token ids; the empty one only makes its scope exist."""
         with self._lock:
             # Later is later, even where the clock stands still or goes backwards: recency is read from these times.
             self._now = max(self._now + 1, time.time_ns() // 1000)
-            self._put(key, data, PendingRun(1, self._now, self._now))
+            self._put(key, data, PendingRun(1, self._now, self._now, answer))
             self._evict()
 
     def take(self) -> dict[ScopeKey, dict[bytes, PendingRun]]:
@@ -71,7 +71,7 @@ class Buffer:
     def _put(self, key: ScopeKey, data: bytes, run: PendingRun) -> None:
         known = self._drop(key, data)
         if known is not None:
-            run = PendingRun(known.count + run.count, known.created, run.last_used)
+            run = PendingRun(known.count + run.count, known.created, run.last_used, known.answer or run.answer)
         self._runs[key, data] = run
         self._size += len(data) + _ENTRY_BYTES
 
@@ -85,3 +85,37 @@ class Buffer:
         while self._size > self._capacity and len(self._runs) > 1:
             (key, data), _ = next(iter(self._runs.items()))
             self._drop(key, data)
+
+
+class NoteBuffer:
+    """The notes of scopes since the last flush, the last one of each name. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._notes: dict[ScopeKey, dict[str, bytes]] = {}
+
+    def add(self, key: ScopeKey, notes: Mapping[str, bytes]) -> None:
+        with self._lock:
+            self._notes.setdefault(key, {}).update(notes)
+
+    def take(self) -> dict[ScopeKey, dict[str, bytes]]:
+        """Everything; the buffer is empty afterwards."""
+        with self._lock:
+            taken, self._notes = self._notes, {}
+            return taken
+
+    def put_back(self, taken: Mapping[ScopeKey, Mapping[str, bytes]]) -> None:
+        """What `take` gave and the database did not; what came since is newer."""
+        with self._lock:
+            for key, notes in taken.items():
+                self._notes[key] = {**notes, **self._notes.get(key, {})}
+
+    def notes(self, key: ScopeKey) -> dict[str, bytes]:
+        with self._lock:
+            return dict(self._notes.get(key, {}))
+
+    def forget(self, scope: str) -> None:
+        """Drop the notes of a scope, for every tokenizer."""
+        with self._lock:
+            for key in [key for key in self._notes if key.scope == scope]:
+                del self._notes[key]

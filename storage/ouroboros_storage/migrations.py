@@ -35,6 +35,16 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )""",
         "CREATE INDEX ouroboros_runs_last_used ON ouroboros_runs (scope_id, last_used)",
     ),
+    (
+        "ALTER TABLE ouroboros_runs ADD COLUMN answer SMALLINT NOT NULL DEFAULT 1",
+        """CREATE TABLE ouroboros_notes (
+            scope_id BIGINT NOT NULL REFERENCES ouroboros_scopes (id) ON DELETE CASCADE,
+            name VARCHAR(255) NOT NULL,
+            data {bytes} NOT NULL,
+            last_used BIGINT NOT NULL,
+            PRIMARY KEY (scope_id, name)
+        )""",
+    ),
 )
 
 BACKENDS = tuple(_TYPES)

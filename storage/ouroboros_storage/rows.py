@@ -1,4 +1,4 @@
-"""Scopes and runs as rows: every statement that reads or writes them."""
+"""Scopes, runs and notes as rows: every statement that reads or writes them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
+from time import time_ns
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Select, Table, case, delete, func, select
@@ -14,6 +15,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from ouroboros_llm.errors import OptionError
 
+from .tables import notes as kept_notes
 from .tables import runs, scopes
 
 _BATCH = 500
@@ -34,6 +36,8 @@ class PendingRun:
     count: int
     created: int
     last_used: int
+    answer: bool = True
+    """Whether it begins where an answer begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,8 @@ class StoredRun:
     count: int
     created: datetime
     last_used: datetime
+    answer: bool = True
+    """Whether it begins where an answer begins, as outputs do and runs of rejected drafts do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,7 @@ class ReadRun:
     hash: bytes
     token_ids: tuple[int, ...]
     count: int
+    answer: bool
 
 
 def encode(token_ids: Sequence[int]) -> bytes:
@@ -84,8 +91,13 @@ def content_hash(data: bytes) -> bytes:
     return blake2b(data, digest_size=16).digest()
 
 
-def upsert(connection: Connection, pending: Mapping[ScopeKey, Mapping[bytes, PendingRun]]) -> dict[ScopeKey, int]:
+def upsert(
+    connection: Connection,
+    pending: Mapping[ScopeKey, Mapping[bytes, PendingRun]],
+    notes: Mapping[ScopeKey, Mapping[str, bytes]],
+) -> dict[ScopeKey, int]:
     """Write runs by their encoded token ids; a run already there counts up. The empty run makes its scope exist.
+    Notes go to scopes that runs are written to.
 
     Returns the id of each scope.
 
@@ -98,6 +110,8 @@ def upsert(connection: Connection, pending: Mapping[ScopeKey, Mapping[bytes, Pen
         if rows:
             statement = _upsert(connection, runs, ["scope_id", "hash"], counted=True)
             connection.execute(statement, sorted(rows, key=lambda row: row["hash"]))
+        if key in notes:
+            _upsert_notes(connection, scope_id, notes[key])
     return scope_ids
 
 
@@ -110,7 +124,7 @@ def position(connection: Connection, key: ScopeKey) -> tuple[int | None, int]:
 def read_runs(connection: Connection, key: ScopeKey, after: int, up_to: int, capacity: int) -> list[ReadRun]:
     """The runs of a scope with `after` < id <= `up_to`, the latest used first, until they are `capacity` tokens."""
     statement = (
-        _of_scope(key.scope, runs.c.hash, runs.c.token_ids, runs.c.length, runs.c["count"])
+        _of_scope(key.scope, runs.c.hash, runs.c.token_ids, runs.c.length, runs.c["count"], runs.c.answer)
         .where(scopes.c.fingerprint == key.fingerprint, runs.c.id > after, runs.c.id <= up_to)
         .order_by(runs.c.last_used.desc(), runs.c.id.desc())
     )
@@ -120,17 +134,18 @@ def read_runs(connection: Connection, key: ScopeKey, after: int, up_to: int, cap
             capacity -= row.length
             if capacity < 0:
                 break
-            found.append(ReadRun(bytes(row.hash), decode(row.token_ids), row[3]))
+            found.append(ReadRun(bytes(row.hash), decode(row.token_ids), row[3], bool(row.answer)))
     return found
 
 
 def read_batch(connection: Connection, scope: str, after: int) -> list[tuple[int, StoredRun]]:
     """The next runs of a scope with id > `after`, with their ids, in the order in which they were first written."""
-    columns = (scopes.c.fingerprint, runs.c.token_ids, runs.c["count"], runs.c.created, runs.c.last_used, runs.c.id)
+    columns = (scopes.c.fingerprint, runs.c.token_ids, runs.c["count"], runs.c.created, runs.c.last_used)
+    columns += (runs.c.answer, runs.c.id)
     statement = _of_scope(scope, *columns).where(runs.c.id > after).order_by(runs.c.id).limit(_BATCH)
     return [
-        (run_id, StoredRun(scope, fingerprint, decode(data), count, _time(created), _time(last_used)))
-        for fingerprint, data, count, created, last_used, run_id in connection.execute(statement)
+        (run_id, StoredRun(scope, fingerprint, decode(data), count, _time(created), _time(last_used), bool(answer)))
+        for fingerprint, data, count, created, last_used, answer, run_id in connection.execute(statement)
     ]
 
 
@@ -153,8 +168,15 @@ def delete_scope(connection: Connection, scope: str) -> int:
     # The runs first: foreign keys cascade only where the connection has them switched on.
     ids = select(scopes.c.id).where(scopes.c.name == scope)
     deleted = connection.execute(delete(runs).where(runs.c.scope_id.in_(ids))).rowcount
+    connection.execute(delete(kept_notes).where(kept_notes.c.scope_id.in_(ids)))
     connection.execute(delete(scopes).where(scopes.c.name == scope))
     return deleted
+
+
+def read_notes(connection: Connection, key: ScopeKey) -> dict[str, bytes]:
+    """The notes of a scope by name."""
+    statement = select(kept_notes.c.name, kept_notes.c.data).where(kept_notes.c.scope_id == _scope_id(key).scalar_subquery())
+    return {name: bytes(data) for name, data in connection.execute(statement)}
 
 
 def _of_scope(scope: str, *columns: Any) -> Select[Any]:
@@ -177,13 +199,26 @@ def _upsert_scope(connection: Connection, key: ScopeKey, found: Sequence[Pending
     return scope_id
 
 
-def _upsert(connection: Connection, table: Table, keys: list[str], *, counted: bool = False) -> Any:
+def _upsert_notes(connection: Connection, scope_id: int, pending: Mapping[str, bytes]) -> None:
+    """Write notes by name; one already there is replaced."""
+    now = time_ns() // 1000
+    rows = [{"scope_id": scope_id, "name": name, "data": data, "last_used": now} for name, data in pending.items()]
+    statement = _upsert(connection, kept_notes, ["scope_id", "name"], replaced="data")
+    connection.execute(statement, sorted(rows, key=lambda row: str(row["name"])))
+
+
+def _upsert(
+    connection: Connection, table: Table, keys: list[str], *, counted: bool = False, replaced: str | None = None
+) -> Any:
     backend: Any = sqlite if connection.dialect.name == "sqlite" else postgresql
     statement = backend.insert(table)
     later, there = statement.excluded.last_used, table.c.last_used
     changes = {"last_used": case((later > there, later), else_=there)}
     if counted:
         changes["count"] = table.c["count"] + statement.excluded["count"]
+        changes["answer"] = case((statement.excluded.answer > 0, 1), else_=table.c.answer)
+    if replaced:
+        changes[replaced] = statement.excluded[replaced]
     return statement.on_conflict_do_update(index_elements=keys, set_=changes)
 
 
@@ -196,6 +231,7 @@ def _row(scope_id: int, data: bytes, run: PendingRun) -> dict[str, Any]:
         "count": run.count,
         "created": run.created,
         "last_used": run.last_used,
+        "answer": int(run.answer),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 from weakref import WeakValueDictionary
@@ -16,7 +16,7 @@ from ouroboros_llm.errors import OptionError, StoreError
 from ouroboros_llm.phrases import check_scope
 
 from . import rows
-from .buffer import Buffer
+from .buffer import Buffer, NoteBuffer
 from .database import DATABASE_ERRORS, open_database, reason
 from .pool import StoredPool
 from .rows import ScopeKey, StoredRun, StoredScope
@@ -59,7 +59,7 @@ class PhraseStore:
             raise OptionError(f"capacity must be a whole number of at least 1, but got {capacity!r}")
         self._capacity = capacity
         self._database = open_database(url_or_engine, create=create)
-        self._buffer = Buffer()
+        self._buffer, self._notes = Buffer(), NoteBuffer()
         # Held while the database is used: an in-memory SQLite has one connection, and a deleted scope must stay deleted
         # whatever is being read or written at that moment. Never taken by `add` and `match`.
         self._lock = threading.RLock()
@@ -91,9 +91,10 @@ class PhraseStore:
             pool = self._pools.get(key)
             fresh = pool is None
             if pool is None:
-                pool = self._pools[key] = StoredPool(key, self._buffer, self._capacity)
+                pool = self._pools[key] = StoredPool(key, self._buffer, self._notes, self._capacity)
             if not self._read(pool) or fresh:
                 pool.load_pending(self._buffer.runs(key))
+                pool.load_notes({**self._read_notes(key), **self._notes.notes(key)})
             self._keep(pool)
             return pool
 
@@ -133,6 +134,7 @@ class PhraseStore:
         with self._lock:
             self._check_open()
             self._buffer.forget(scope)
+            self._notes.forget(scope)
             for pool in tuple(self._pools.values()):
                 if pool.key.scope == scope:
                     pool.forget()
@@ -171,15 +173,23 @@ class PhraseStore:
             self._warn("read", error)
         return known
 
+    def _read_notes(self, key: ScopeKey) -> Mapping[str, bytes]:
+        try:
+            return self._database.read(partial(rows.read_notes, key=key), patient=not self._failing)
+        except DATABASE_ERRORS as error:
+            self._warn("read", error)
+            return {}
+
     def _write(self, *, patient: bool) -> None:
-        pending = self._buffer.take()
-        if not pending:
+        pending, notes = self._buffer.take(), self._notes.take()
+        if not pending and not notes:
             return
         self._writing = True
         try:
-            scope_ids = self._database.write(partial(rows.upsert, pending=pending), patient=patient)
+            scope_ids = self._database.write(partial(rows.upsert, pending=pending, notes=notes), patient=patient)
         except BaseException as error:
             self._buffer.put_back(pending)
+            self._notes.put_back(notes)
             if not isinstance(error, DATABASE_ERRORS):
                 raise
             self._failing = True

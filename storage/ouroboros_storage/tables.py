@@ -5,7 +5,7 @@ Times are microseconds since 1970 (UTC): fine enough that runs added one after t
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, ForeignKey, Index, Integer, LargeBinary, MetaData, String, Table
+from sqlalchemy import BigInteger, Column, ForeignKey, Index, Integer, LargeBinary, MetaData, SmallInteger, String, Table
 from sqlalchemy import UniqueConstraint as Unique
 
 metadata = MetaData()
@@ -34,8 +34,18 @@ runs = Table(
     Column("count", BigInteger, nullable=False),
     Column("created", BigInteger, nullable=False),
     Column("last_used", BigInteger, nullable=False),
+    Column("answer", SmallInteger, nullable=False, server_default="1"),
     Unique("scope_id", "hash"),
     Index("ouroboros_runs_last_used", "scope_id", "last_used"),
+)
+
+notes = Table(
+    "ouroboros_notes",
+    metadata,
+    Column("scope_id", _Id, ForeignKey("ouroboros_scopes.id", ondelete="CASCADE"), primary_key=True),
+    Column("name", String(255), primary_key=True),
+    Column("data", LargeBinary, nullable=False),
+    Column("last_used", BigInteger, nullable=False),
 )
 
 migrations = Table("ouroboros_migrations", metadata, Column("version", Integer, primary_key=True, autoincrement=False))

@@ -1,0 +1,110 @@
+"""One tree from every source, likeliest paths first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from heapq import heappop, heappush
+from typing import Any
+
+from ..draft_tree import DraftTree, TreeBuilder
+from .base import Budget, Guesses, Round, Source
+from .budget import WidthChoice
+from .calibration import Calibration, Estimate, Situation, mix
+
+_MIN_PATH_CHANCE = 0.003
+"""Paths less likely than this are never worth a node."""
+
+_LONG_MATCH = 6
+"""Matches longer than this are one situation."""
+
+States = list[Any]
+"""Per source: its state, or None."""
+
+
+class Blend:
+    """A `Drafter` over sources of guesses: all their guesses in one currency, the calibrated chance that the target
+    chooses a token given that its parent was chosen; equal tokens are one node; the tree grows best-first by the
+    product of chances along the path, as wide as pays.
+
+    That one rule holds dynamic trees (DySpec, arXiv 2410.11744), the fusion and pruning of trees (RASD, arXiv
+    2503.03434) and stopping where acceptance gets unlikely (SpecDec++, arXiv 2405.19715).
+    """
+
+    def __init__(self, sources: Sequence[Source], calibration: Calibration | None = None) -> None:
+        """`sources`: the most telling first; `calibration`: what is known of how often they are right."""
+        self.sources = tuple(sources)
+        self.calibration = calibration or Calibration()
+        self._names: dict[tuple[int, ...], str] = {}
+
+    def open(self, context: Sequence[int]) -> None:
+        for source in self.sources:
+            source.open(context)
+
+    def draft(self, context: Sequence[int], budget: Budget) -> DraftTree:
+        builder, width = TreeBuilder(context[-1], budget.width), WidthChoice(budget)
+        heap: list[tuple[float, int, int, int, str, Estimate, States]] = []
+        node, depths = 0, [0]
+        states = [source.start(context) for source in self.sources]
+        pushed = 0
+        while True:
+            if depths[node] < budget.depth:
+                path_chance = builder.path_chances[node]
+                for token_id, source, estimate in self._estimates(states):
+                    if path_chance * estimate.chance > _MIN_PATH_CHANCE:
+                        pushed += 1
+                        heappush(heap, (-path_chance * estimate.chance, pushed, node, token_id, source, estimate, states))
+            if not heap or not builder.room:
+                break
+            negative, _, parent, token_id, source, estimate, before = heappop(heap)
+            added = builder.add(parent, token_id, estimate.chance, source, estimate)
+            if added is None or not width.add(-negative):
+                break
+            node = added
+            depths.append(depths[parent] + 1)
+            states = self._follow(before, token_id)
+        return builder.build(width.best)
+
+    def learn(self, round: Round) -> None:
+        path = set(round.path)
+        for node, parent in enumerate(round.draft.parents):
+            # Only guesses whose parents were chosen were judged in their own context.
+            if parent in path and isinstance(estimate := round.draft.evidence[node], Estimate):
+                self.calibration.learn(estimate, hit=node in path)
+        for source in self.sources:
+            source.learn(round)
+
+    def _follow(self, states: States, token_id: int) -> States:
+        return [
+            None if state is None else source.follow(state, token_id)
+            for source, state in zip(self.sources, states, strict=True)
+        ]
+
+    def _estimates(self, states: States) -> Iterator[tuple[int, str, Estimate]]:
+        """(token, the source that is surest of it, estimate) of all guesses at one node."""
+        said: list[tuple[str, Guesses]] = []
+        numbers = []
+        for number, state in enumerate(states):
+            if state is not None and (guesses := self.sources[number].guesses(state)) is not None:
+                said.append((self.sources[number].name, guesses))
+                numbers.append(number)
+        situation = self._situation(tuple(numbers), said)
+        weights = self.calibration.weights(situation) if said else ()
+        log_odds = self.calibration.log_odds
+        for token_id in dict.fromkeys(token_id for _, guesses in said for token_id in guesses.by_token):
+            evidence, inputs, surest, source = [], [], -100.0, ""
+            for name, guesses in said:
+                guess = guesses.by_token.get(token_id)
+                kind, prior = guess or guesses.otherwise
+                value = log_odds(kind, prior)
+                evidence.append(kind)
+                inputs.append(value)
+                if guess is not None and value > surest:
+                    surest, source = value, name
+            chance = mix(weights, inputs)
+            yield token_id, source, Estimate(chance, tuple(evidence), tuple(inputs), situation)
+
+    def _situation(self, numbers: tuple[int, ...], said: list[tuple[str, Guesses]]) -> Situation:
+        names = self._names.get(numbers)
+        if names is None:
+            names = self._names[numbers] = "+".join(self.sources[number].name for number in numbers)
+        return names, min(max((guesses.match_length for _, guesses in said), default=0), _LONG_MATCH)

@@ -1,0 +1,74 @@
+"""What drafting has learned in one scope, and the sources that draw on it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from ..phrases import Notebook, PhrasePool
+from .base import Source
+from .calibration import Calibration
+from .phrases import PhraseSource, RunningText
+from .recycling import Recycling, SuccessorTable
+
+@dataclass(eq=False)
+class Memory:
+    """What was learned of one model's choices in one scope, beside the phrases."""
+
+    successors: SuccessorTable = field(default_factory=SuccessorTable)
+    calibration: Calibration = field(default_factory=Calibration)
+
+    @classmethod
+    def recall(cls, pool: PhrasePool, model: str) -> Memory:
+        """What the pool keeps for a model, by its fingerprint; nothing where the pool keeps no notes."""
+        memory = cls()
+        if not isinstance(pool, Notebook):
+            return memory
+        notes = pool.recall(f"{model}/")
+        if calibration := notes.get(f"{model}/calibration"):
+            memory.calibration = Calibration.from_bytes(calibration)
+        start = f"{model}/successors/"
+        memory.successors.load(
+            {int(name[len(start) :]): note for name, note in notes.items() if name.startswith(start)}
+        )
+        return memory
+
+    def remember(self, pool: PhrasePool, model: str) -> None:
+        """Give the pool what is new since the last time."""
+        if isinstance(pool, Notebook):
+            changed = self.successors.take_changed()
+            notes = {f"{model}/successors/{token_id}": note for token_id, note in changed.items()}
+            pool.remember(notes | {f"{model}/calibration": self.calibration.to_bytes()})
+
+
+def sources(
+    drafters: Collection[str],
+    memory: Memory,
+    *,
+    text: Source | None = None,
+    write: PhrasePool | None = None,
+    read: Sequence[PhrasePool] = (),
+    documents: PhrasePool | None = None,
+    learns: bool = True,
+    sampling: bool = False,
+) -> list[Source]:
+    """The sources that `drafters` name, without the draft model's, the most telling first.
+
+    Args:
+        text: the running text; None: a new one.
+        write: the pool of the session's scope; `learns`: whether rejected-but-right runs go there.
+        read: pools of further scopes.
+        documents: a pool of texts that answers may quote.
+        sampling: whether the target samples.
+    """
+    found: list[Source] = []
+    if "phrases" in drafters:
+        found.append(text or RunningText())
+        if write is not None:
+            found.append(PhraseSource("phrases", write, learns=learns))
+        found += [PhraseSource("shared", pool) for pool in read]
+    if "retrieval" in drafters and documents is not None:
+        found.append(PhraseSource("retrieval", documents, after="prompt"))
+    if "recycling" in drafters:
+        found.append(Recycling(memory.successors, sampling=sampling))
+    return found

@@ -1,0 +1,175 @@
+"""Drafting replayed on recorded answers: what a drafter would have saved, without a model and in seconds.
+
+A replay cannot see what the target would have said after rejected guesses, so rejected-but-right phrases and
+recycling look weaker than they are; draft models and lookahead, which need a model, are not seen at all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .decoder import fit
+from .draft_tree import MAX_WIDTH, DraftTree
+from .drafting.base import Budget, Drafter, Round, Successors
+from .drafting.blend import Blend
+from .drafting.memory import Memory, sources
+from .memory_pool import MemoryPool
+from .target.pass_times import PRIOR_COSTS, WIDTHS
+from .traces import Trace
+from .verification import accept
+
+REPLAYED = ("phrases", "recycling")
+"""The drafters that need no model."""
+
+Cost = Callable[[int], float]
+
+
+@dataclass
+class Score:
+    """What drafting did for some traces."""
+
+    tokens: int = 0
+    forwards: int = 0
+    """Passes, the prefill counted as one."""
+    nodes: int = 0
+    """Tokens in those passes, roots included and prompts not."""
+    cost: float = 0.0
+    """Time of those passes, in units of a pass over one token; a prefill without a draft costs one."""
+    hits: Counter[str] = field(default_factory=Counter)
+    """Emitted tokens by the source that drafted them, and those that none did."""
+
+    def add(self, round: Round, cost: Cost) -> None:
+        self.tokens += len(round.token_ids)
+        self.forwards += 1
+        self.nodes += round.draft.width
+        self.cost += cost(round.draft.width)
+        self.hits.update(round.origins)
+
+    def summary(self) -> dict[str, Any]:
+        forwards = max(self.forwards, 1)
+        return {
+            "tokens_per_forward": round(self.tokens / forwards, 4),
+            "nodes_per_forward": round(self.nodes / forwards, 4),
+            "speedup": round(self.tokens / self.cost, 4) if self.cost else 0.0,
+            "tokens": self.tokens,
+            "forwards": self.forwards,
+            "hits": dict(self.hits.most_common()),
+        }
+
+
+class History:
+    """A scope that remembers the answers replayed so far."""
+
+    def __init__(self, drafters: Sequence[str] = REPLAYED) -> None:
+        self._drafters = drafters
+        self.pool, self.memory = MemoryPool(), Memory()
+
+    def drafter(self) -> Drafter:
+        return Blend(sources(self._drafters, self.memory, write=self.pool), self.memory.calibration)
+
+    def remember(self, trace: Trace) -> None:
+        self.pool.add(trace.token_ids)
+
+
+def replay(
+    traces: Sequence[Trace],
+    *,
+    cost: Cost,
+    width: int | None = None,
+    drafters: Sequence[str] = REPLAYED,
+    cold: bool = False,
+    passes: int = 1,
+) -> Iterator[dict[str, Score]]:
+    """The score of each category, pass by pass.
+
+    Args:
+        cost: time of a pass by width, in units of a pass over one token.
+        width: nodes of every draft, as far as there are guesses; None: as many as pay by `cost`.
+        cold: whether every answer begins without a memory of those before it.
+        passes: how often all traces are gone over, with the memory of the passes before.
+    """
+    history = History(drafters)
+    for _ in range(passes):
+        scores: dict[str, Score] = {}
+        for trace in traces:
+            if cold:
+                history = History(drafters)
+            score = scores.setdefault(trace.category, Score())
+            for round in rounds(trace, history.drafter(), cost=cost, width=width):
+                score.add(round, cost)
+            history.remember(trace)
+        yield scores
+
+
+def rounds(trace: Trace, drafter: Drafter, *, cost: Cost, width: int | None = None) -> Iterator[Round]:
+    """The rounds in which `drafter` would have had a trace's answer verified; the first is the prefill."""
+    context, left = list(trace.prompt_ids), len(trace.token_ids)
+    drafter.open(context)
+    while left:
+        begin = len(trace.token_ids) - left
+        budget = Budget(width or MAX_WIDTH, left - 1, cost if width is None else None)
+        draft = fit(drafter.draft(context, budget), context[-1], budget, "tree")
+        recorded = trace.token_ids[begin:]
+        accepted = accept(draft, lambda _, emitted: recorded[len(emitted)], limit=left, end_token_ids=())  # noqa: B023
+        round = Round(
+            draft, accepted.token_ids, accepted.path, _likeliest(draft, recorded), _successors(draft, trace, begin)
+        )
+        context += accepted.token_ids
+        left -= len(accepted.token_ids)
+        drafter.learn(round)
+        yield round
+
+
+def _likeliest(draft: DraftTree, recorded: Sequence[int]) -> tuple[int, ...]:
+    """Per node: the recorded token after it where it is right; no token (-1) where only a model could say."""
+    likeliest = [recorded[0]]
+    for node in range(1, draft.width):
+        depth, parent = draft.depths[node], draft.parents[node]
+        right = likeliest[parent] == draft.token_ids[node] and depth < len(recorded)
+        likeliest.append(recorded[depth] if right else -1)
+    return tuple(likeliest)
+
+
+def _successors(draft: DraftTree, trace: Trace, begin: int) -> tuple[Successors, ...]:
+    """Per node: the recorded alternatives after it, where it is right."""
+    likeliest = _likeliest(draft, trace.token_ids[begin:])
+    found: list[Successors] = []
+    for node, token_id in enumerate(likeliest):
+        place = begin + draft.depths[node]
+        known = token_id >= 0 and place < len(trace.top_ids) and place < len(trace.top_probs)
+        found.append(tuple(zip(trace.top_ids[place], trace.top_probs[place], strict=False)) if known else ())
+    return tuple(found)
+
+
+def report(scores: Mapping[str, Score]) -> dict[str, Any]:
+    """What `ouroboros replay --json` prints."""
+    total = Score()
+    for score in scores.values():
+        total.tokens += score.tokens
+        total.forwards += score.forwards
+        total.nodes += score.nodes
+        total.cost += score.cost
+        total.hits += score.hits
+    return {"all": total.summary(), **{category: score.summary() for category, score in scores.items()}}
+
+
+def cost_curve(text: str) -> Cost:
+    """The cost of a pass by width from its name ("cpu", "gpu") or from points "1:1.0,8:1.07,...".
+
+    Between the points it is linear, beyond them constant. Raises ValueError where `text` is neither.
+    """
+    named = {"cpu": "cpu", "cpu-float32": "cpu float32", "gpu": "cuda", "cuda": "cuda"}
+    if text in named:
+        widths, costs = list(WIDTHS), list(PRIOR_COSTS[named[text]])
+    else:
+        points = sorted((int(width), float(value)) for width, value in (point.split(":") for point in text.split(",")))
+        widths, costs = [width for width, _ in points], [value for _, value in points]
+    if widths[0] < 1 or min(costs) <= 0:
+        raise ValueError(f"cost must be {', '.join(named)} or points 'W:C,W:C,...' above 0, but got {text!r}")
+    table = [float(value) for value in np.interp(range(MAX_WIDTH + 1), widths, costs)]
+    return table.__getitem__
