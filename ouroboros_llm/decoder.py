@@ -36,13 +36,12 @@ class Decoder:
         draft = self._draft(context, left, self.target.prefill_branching)
         logits = self.target.prefill(context, draft)
         while True:
-            likeliest = logits.argmax(-1).tolist()
+            likeliest, successors = likeliest_tokens(logits, self._successors)
             choose = sampler.chooser(logits, likeliest, context)
             accepted = accept(draft, choose, limit=left, end_token_ids=end_token_ids)
             self.target.keep(accepted.path)
             context += accepted.token_ids
             left -= len(accepted.token_ids)
-            successors = likeliest_tokens(logits, self._successors) if self._successors else ()
             round = Round(draft, accepted.token_ids, accepted.path, tuple(likeliest), successors)
             self.drafter.learn(round)
             yield round
@@ -61,11 +60,22 @@ class Decoder:
         return fit(self.drafter.draft(context, budget), context[-1], budget, branching)
 
 
-def likeliest_tokens(logits: torch.Tensor, count: int) -> tuple[Successors, ...]:
-    """Per row of logits [width, vocabulary]: the likeliest tokens and their probabilities before any processing."""
-    top, ids = logits.topk(min(count, logits.shape[-1]))
-    probabilities = (top.float() - logits.float().logsumexp(-1, keepdim=True)).exp()
-    return tuple(tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), probabilities.tolist(), strict=True))
+def likeliest_tokens(logits: torch.Tensor, count: int) -> tuple[list[int], tuple[Successors, ...]]:
+    """Per row of logits [width, vocabulary]: the likeliest token, and so many of the likeliest with their chances.
+
+    The chances are probabilities among those tokens alone: a sum over the vocabulary would take longer than it is worth
+    to drafters, who calibrate what they are told.
+    """
+    if not count:
+        return logits.argmax(-1).tolist(), ()
+    top, ids = logits.topk(min(max(count, 2), logits.shape[-1]))
+    rows: list[list[int]] = ids.tolist()
+    # Which of two equal logits comes first is for argmax to say, as it is in the library's own loop.
+    likeliest = [
+        int(logits[row].argmax()) if tied else rows[row][0] for row, tied in enumerate((top[:, 0] == top[:, 1]).tolist())
+    ]
+    chances = top.float().softmax(-1).tolist()
+    return likeliest, tuple(tuple(zip(*row, strict=True)) for row in zip(rows, chances, strict=True))
 
 
 def fit(draft: DraftTree, root_token_id: int, budget: Budget, branching: Branching) -> DraftTree:

@@ -16,7 +16,7 @@ from .suffix_index import ORDERS, Segment, suffix_hashes
 _MIDDLE = -2
 """The border before a run that does not begin where an answer begins."""
 
-_MATCHES = 16
+_MATCHES = 24
 """Phrases returned at most."""
 
 _RECENT = 512

@@ -28,7 +28,7 @@ TOKENS = 40
 WIDE = Budget(width=64, depth=100)
 CYCLE = 1009
 AHEAD = [7 * number % CYCLE for number in (600, 450, 300, 200, 140, 100, 60, 30, 15, 7, 3, 0)]
-"""A prompt in the order in which the target's walk does *not* go; the walk comes by its tokens one day."""
+"""Tokens that the target's walk comes by in reverse order, long after the prompt."""
 
 
 class NotedPool:
@@ -200,7 +200,7 @@ def test_a_text_that_never_repeats_is_drafted() -> None:
     tokens = [token_id for round in with_window for token_id in round.token_ids]
     assert tokens == [token_id for round in alone for token_id in round.token_ids]
     assert len(set(tokens)) == len(tokens) and len(alone) > 190
-    assert len(with_window) < 0.7 * len(alone)
+    assert len(with_window) < 0.9 * len(alone)
     assert sum(map(gained, with_window)) > 0.9 * (len(tokens) - len(with_window))
 
 
@@ -292,8 +292,8 @@ def windows(rounds: list[Round]) -> list[bool]:
 
 
 def test_a_window_that_pays_stays() -> None:
-    rounds = rounds_of(lookahead(NotedPool(), 6, 4), AHEAD, 400, costs=lambda width: 1 + width / 1e3)
-    assert len(rounds) > 150 and all(windows(rounds[:-4]))
+    rounds = rounds_of(lookahead(NotedPool(), 6, 4), AHEAD, 150, costs=lambda width: 1 + width / 1e3)
+    assert len(rounds) > 90 and all(windows(rounds[:-4]))
 
 
 def test_a_window_that_does_not_pay_is_switched_off_and_tried_again() -> None:
@@ -308,11 +308,12 @@ def test_a_window_that_does_not_pay_is_switched_off_and_tried_again() -> None:
 
 
 def test_worth_weighs_passes_saved_against_passes_widened() -> None:
-    for gained_tokens, pays in ((12, False), (14, True)):
+    for gained_tokens, pays in ((17, False), (18, True)):
         worth = WindowWorth()
         for number in range(64):
             assert worth.pays()
-            worth.learn(0.2, number < gained_tokens)  # 64 passes, each a fifth longer: 12.8 passes
+            # 64 passes, each a fifth longer, take 12.8 passes; three of four gained tokens save one.
+            worth.learn(0.2, number < gained_tokens)
         assert worth.pays() is pays
 
 

@@ -170,11 +170,19 @@ def test_costs_come_from_passes_and_a_prior() -> None:
         times.add(1, 0.1)
         times.add(8, 0.3)
     assert times.cost(1) == 1.0
-    assert times.cost(8) == pytest.approx(3.0)
-    assert times.cost(12) == pytest.approx(3.0), "wider than a measured pass is never cheaper"
+    assert times.cost(8) == pytest.approx(3.0, rel=0.03) and times.one == pytest.approx(0.1, rel=0.05)
+    assert times.cost(12) == pytest.approx(times.cost(8)), "wider than a measured pass is never cheaper"
     times.add(8, 30.0)
-    times.add(1, 30.0)
-    assert times.cost(8) == pytest.approx(3.0), "single slow passes count for nothing"
+    assert times.cost(8) == pytest.approx(3.0, rel=0.06), "a single slow pass hardly counts"
+
+
+def test_a_slow_stretch_does_not_make_wide_passes_look_dear() -> None:
+    times = PassTimes("cpu")
+    for seconds in (0.1, 0.5):
+        for _ in range(30):
+            times.add(16, 1.38 * seconds)
+    assert times.cost(16) == pytest.approx(1.38, rel=0.2)
+    assert times.one == pytest.approx(0.5, rel=0.2)
 
 
 def test_one_token_passes_are_deduced_where_none_was_seen() -> None:
@@ -187,7 +195,7 @@ def test_one_token_passes_are_deduced_where_none_was_seen() -> None:
 def test_narrow_passes_are_measured_at_load() -> None:
     """All widths are compared with a pass over one token, which a decoder that drafts well seldom runs."""
     times = prepare(tiny_model("qwen3", seed=9)).pass_times
-    assert {1, 2} <= set(times._samples) and len(times._samples[1]) >= 3
+    assert times.one is not None and times.cost(2) != PassTimes("cpu float32").cost(2)
 
 
 def test_what_is_known_of_a_model_follows_its_state() -> None:

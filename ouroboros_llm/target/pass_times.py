@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from statistics import median
+from math import exp, log
 
 import numpy as np
 
@@ -18,36 +17,49 @@ PRIOR_COSTS = {
     "cuda": (1.0, 1.0, 1.0, 1.02, 1.05, 1.1, 1.25),
 }
 
+_PACE_RATE, _PACE_STEP = 0.4, 1.0
+_COST_RATE, _COST_STEP = 0.15, 0.1
+"""How far an estimate follows one pass, and the largest surprise that it takes seriously, in logarithms."""
+
 
 class PassTimes:
-    """The median of the last few pass times by width, in seconds; a prior stands in for widths that were not seen."""
+    """What passes of each width cost, and how fast the machine is at the moment; a prior until passes have been seen.
 
-    _SAMPLES = 7
+    The time of a pass is the pace of the moment times the cost of its width. Other work can slow a machine down for a
+    while, so the pace follows quickly, and the costs, which belong to the model, slowly: wide passes of a slow stretch
+    do not look dear beside narrow ones of a fast stretch, and single slow passes hardly count.
+    """
 
     def __init__(self, kind: str) -> None:
         """`kind`: a key of `PRIOR_COSTS`; anything else is taken for an accelerator."""
-        self._prior = dict(zip(WIDTHS, PRIOR_COSTS.get(kind, PRIOR_COSTS["cuda"]), strict=True))
-        self._samples: dict[int, deque[float]] = {}
+        self._knots = [log(cost) for cost in PRIOR_COSTS.get(kind, PRIOR_COSTS["cuda"])]
+        self._pace: float | None = None
+        self._costs = self._table()
 
     def add(self, width: int, seconds: float) -> None:
         """Take note of one pass."""
-        knot = min(WIDTHS, key=lambda knot: abs(knot - width))
-        # Other work on the machine makes single passes slow; a median does not follow them.
-        self._samples.setdefault(knot, deque(maxlen=self._SAMPLES)).append(seconds)
+        expected = log(self.cost(width))
+        if self._pace is None:
+            self._pace = log(seconds) - self._knots[0] - expected
+        surprise = log(seconds) - self._pace - self._knots[0] - expected
+        knot = min(range(len(WIDTHS)), key=lambda knot: abs(WIDTHS[knot] - width))
+        self._pace += _PACE_RATE * _clipped(surprise, _PACE_STEP)
+        self._knots[knot] += _COST_RATE * _clipped(surprise, _COST_STEP)
+        self._costs = self._table()
 
     def cost(self, width: int) -> float:
         """Time of a pass over `width` tokens in units of a pass over one; linear between knots, never falling."""
-        one = self.one
-        costs = [self._prior[knot] if one is None else self._cost_at(knot, one) for knot in WIDTHS]
-        return float(np.interp(width, WIDTHS, np.maximum.accumulate(costs)))
+        return self._costs[min(width, WIDTHS[-1])]
 
     @property
     def one(self) -> float | None:
-        """Seconds of a pass over one token, deduced from the other widths where none was seen; None before any pass."""
-        if 1 in self._samples:
-            return median(self._samples[1])
-        seen = [median(samples) / self._prior[knot] for knot, samples in self._samples.items()]
-        return median(seen) if seen else None
+        """Seconds of a pass over one token at the moment, deduced from other widths too; None before any pass."""
+        return None if self._pace is None else exp(self._pace + self._knots[0])
 
-    def _cost_at(self, knot: int, one: float) -> float:
-        return max(1.0, median(self._samples[knot]) / one) if knot in self._samples else self._prior[knot]
+    def _table(self) -> list[float]:
+        costs = np.maximum.accumulate(np.exp(np.subtract(self._knots, self._knots[0])))
+        return [float(cost) for cost in np.interp(range(WIDTHS[-1] + 1), WIDTHS, costs)]
+
+
+def _clipped(value: float, limit: float) -> float:
+    return min(max(value, -limit), limit)
