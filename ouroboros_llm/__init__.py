@@ -1,23 +1,28 @@
 """Local Hugging Face models, several times faster and not one token different."""
 
-from .errors import (
-    ContextLengthError,
-    MissingExtraError,
-    ModelDownloadError,
-    ModelError,
-    OptionError,
-    OuroborosError,
-    PromptError,
-    StoreError,
-    TokenizerMismatchError,
-    UnknownModelError,
-)
-from .generation import custom_generate
-from .options import DecodingOptions
-from .ouroboros import Ouroboros
-from .memory_pool import MemoryPool
-from .phrases import Phrase, PhrasePool, PoolSource
-from .statistics import DecodingStatistics, GenerationResult, Piece, Usage
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .drafting.retrieval import documents_pool, read_documents
+    from .errors import (
+        ContextLengthError,
+        MissingExtraError,
+        ModelDownloadError,
+        ModelError,
+        OptionError,
+        OuroborosError,
+        PromptError,
+        StoreError,
+        TokenizerMismatchError,
+        UnknownModelError,
+    )
+    from .generation import custom_generate
+    from .memory_pool import MemoryPool
+    from .options import DecodingOptions
+    from .ouroboros import Ouroboros
+    from .phrases import Phrase, PhrasePool, PoolSource
+    from .statistics import DecodingStatistics, GenerationResult, Piece, Usage
 
 __version__ = "0.1.0"
 
@@ -44,4 +49,44 @@ __all__ = [
     "Usage",
     "__version__",
     "custom_generate",
+    "documents_pool",
+    "read_documents",
 ]
+
+# Imported on first use, so that `ouroboros --help` does not wait for torch.
+_MODULES = {
+    "ContextLengthError": "errors",
+    "MissingExtraError": "errors",
+    "ModelDownloadError": "errors",
+    "ModelError": "errors",
+    "OptionError": "errors",
+    "OuroborosError": "errors",
+    "PromptError": "errors",
+    "StoreError": "errors",
+    "TokenizerMismatchError": "errors",
+    "UnknownModelError": "errors",
+    "custom_generate": "generation",
+    "documents_pool": "drafting.retrieval",
+    "read_documents": "drafting.retrieval",
+    "DecodingOptions": "options",
+    "Ouroboros": "ouroboros",
+    "MemoryPool": "memory_pool",
+    "Phrase": "phrases",
+    "PhrasePool": "phrases",
+    "PoolSource": "phrases",
+    "DecodingStatistics": "statistics",
+    "GenerationResult": "statistics",
+    "Piece": "statistics",
+    "Usage": "statistics",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     import torch
 
 
+PROMPT_POSITIONS = 64
+"""Tokens at the end of a prompt whose successors are looked at: the output head over all would slow the prefill."""
+
+
 class Decoder:
     """Emits what the target model alone would emit, several tokens per pass where its drafter guesses well."""
 
-    def __init__(
-        self, target: TargetModel, drafter: Drafter, *, width: int | None = None, successors: int = 0
-    ) -> None:
+    def __init__(self, target: TargetModel, drafter: Drafter, *, width: int | None = None, successors: int = 0) -> None:
         """`width`: nodes of every draft at most, root included; None: as many as pay by the target's own pass times.
         `successors`: how many of the likeliest tokens after each node the drafter gets to see."""
         self.target, self.drafter, self.width, self._successors = target, drafter, width, successors
@@ -34,7 +36,8 @@ class Decoder:
         context, left = list(prompt), limit
         self.drafter.open(context)
         draft = self._draft(context, left, self.target.prefill_branching)
-        logits = self.target.prefill(context, draft)
+        logits = self.target.prefill(context, draft, PROMPT_POSITIONS if self._successors else 0)
+        read, logits = self._read(context, logits[: -draft.width]), logits[-draft.width :]
         while True:
             likeliest, successors = likeliest_tokens(logits, self._successors)
             choose = sampler.chooser(logits, likeliest, context)
@@ -42,15 +45,21 @@ class Decoder:
             self.target.keep(accepted.path)
             context += accepted.token_ids
             left -= len(accepted.token_ids)
-            round = Round(draft, accepted.token_ids, accepted.path, tuple(likeliest), successors)
+            round = Round(draft, accepted.token_ids, accepted.path, tuple(likeliest), successors, read)
             self.drafter.learn(round)
             yield round
+            read = ()
             if not left or context[-1] in end_token_ids:
                 return
             # A choice that was left open is decided by a pass over its token alone.
             branching = self.target.branching if accepted.token_ids else "none"
             draft = self._draft(context, left, branching)
             logits = self.target.verify(draft)
+
+    def _read(self, context: Sequence[int], logits: torch.Tensor) -> tuple[tuple[int, Successors], ...]:
+        """The tokens before the root whose logits [n, vocabulary] a prefill gave, with their successors."""
+        _, successors = likeliest_tokens(logits, self._successors) if len(logits) else ([], ())
+        return tuple(zip(context[-1 - len(logits) : -1], successors, strict=False))
 
     def _draft(self, context: Sequence[int], left: int, branching: Branching) -> DraftTree:
         width = MAX_WIDTH if self.width is None else self.width
@@ -72,7 +81,8 @@ def likeliest_tokens(logits: torch.Tensor, count: int) -> tuple[list[int], tuple
     rows: list[list[int]] = ids.tolist()
     # Which of two equal logits comes first is for argmax to say, as it is in the library's own loop.
     likeliest = [
-        int(logits[row].argmax()) if tied else rows[row][0] for row, tied in enumerate((top[:, 0] == top[:, 1]).tolist())
+        int(logits[row].argmax()) if tied else rows[row][0]
+        for row, tied in enumerate((top[:, 0] == top[:, 1]).tolist())
     ]
     chances = top.float().softmax(-1).tolist()
     return likeliest, tuple(tuple(zip(*row, strict=True)) for row in zip(rows, chances, strict=True))

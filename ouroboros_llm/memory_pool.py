@@ -199,7 +199,9 @@ class _Shelf:
 
     def tail(self, length: int) -> list[int]:
         """The last tokens of the last run."""
-        return self.segment.token_ids[max(self._starts[-1], self.segment.length - length) : self.segment.length].tolist()
+        return self.segment.token_ids[
+            max(self._starts[-1], self.segment.length - length) : self.segment.length
+        ].tolist()
 
     def is_recent(self, number: int) -> bool:
         """Whether little was added after a run."""

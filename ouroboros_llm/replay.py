@@ -164,12 +164,12 @@ def cost_curve(text: str) -> Cost:
     Between the points it is linear, beyond them constant. Raises ValueError where `text` is neither.
     """
     named = {"cpu": "cpu", "cpu-float32": "cpu float32", "gpu": "cuda", "cuda": "cuda"}
-    if text in named:
-        widths, costs = list(WIDTHS), list(PRIOR_COSTS[named[text]])
-    else:
+    try:
         points = sorted((int(width), float(value)) for width, value in (point.split(":") for point in text.split(",")))
-        widths, costs = [width for width, _ in points], [value for _, value in points]
-    if widths[0] < 1 or min(costs) <= 0:
+    except ValueError:
+        points = list(zip(WIDTHS, PRIOR_COSTS[named[text]], strict=True)) if text in named else []
+    widths, costs = [width for width, _ in points], [value for _, value in points]
+    if not points or widths[0] < 1 or min(costs) <= 0:
         raise ValueError(f"cost must be {', '.join(named)} or points 'W:C,W:C,...' above 0, but got {text!r}")
     table = [float(value) for value in np.interp(range(MAX_WIDTH + 1), widths, costs)]
     return table.__getitem__

@@ -95,9 +95,7 @@ class Turn:
         names = DEFAULT_DRAFTERS if self._options.drafters is None else self._options.drafters
         memory, text = self._session.memory, RunningText()
         sampling = not self._options.greedy
-        found = sources(
-            names, memory, text=text, write=self._write, read=read, documents=documents, sampling=sampling
-        )
+        found = sources(names, memory, text=text, write=self._write, read=read, documents=documents, sampling=sampling)
         found = [*self._window_phrases(names), *found]
         if self._workspace.draft_target is None or "draft_model" not in names:
             return self._with_window(names, Blend(found, memory.calibration)), None

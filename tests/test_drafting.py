@@ -1,25 +1,31 @@
 from __future__ import annotations
 
+import json
+
 import pytest
+from conftest import blend
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ouroboros_llm import MemoryPool
 from ouroboros_llm.draft_tree import DraftTree
 from ouroboros_llm.drafting.base import Budget, Drafter, NoDrafts, Round
-from ouroboros_llm.drafting.budget import best_width
-from ouroboros_llm.drafting.calibration import Calibration
+from ouroboros_llm.drafting.blend import Blend
+from ouroboros_llm.drafting.budget import WidthChoice
+from ouroboros_llm.drafting.calibration import Calibration, Estimate
 from ouroboros_llm.drafting.draft_model import Worth
-from ouroboros_llm.drafting.phrases import PhraseDrafter, rejected_but_right
+from ouroboros_llm.drafting.memory import Memory, sources
+from ouroboros_llm.drafting.phrases import rejected_but_right
+from ouroboros_llm.drafting.recycling import Recycling, SuccessorTable, decode, encode
 
 WIDE = Budget(width=64, depth=100)
 
 
-def drafter(*runs: list[int]) -> PhraseDrafter:
+def drafter(*runs: list[int]) -> Blend:
     pool = MemoryPool()
     for run in runs:
         pool.add(run)
-    return PhraseDrafter([pool])
+    return blend(pool)
 
 
 def paths(draft: DraftTree) -> set[tuple[int, ...]]:
@@ -30,7 +36,7 @@ def paths(draft: DraftTree) -> set[tuple[int, ...]]:
 
 
 def test_drafters_meet_the_protocol() -> None:
-    assert isinstance(NoDrafts(), Drafter) and isinstance(PhraseDrafter(), Drafter)
+    assert isinstance(NoDrafts(), Drafter) and isinstance(Blend([]), Drafter)
 
 
 def test_a_known_run_is_drafted_to_its_end() -> None:
@@ -42,9 +48,10 @@ def test_alternatives_are_verified_side_by_side() -> None:
 
 
 def test_the_running_text_is_a_pool() -> None:
-    drafter = PhraseDrafter()
+    drafter = blend()
     drafter.open([1, 2, 3, 4, 9, 2])
-    assert (3, 4, 9, 2) in paths(drafter.draft([1, 2, 3, 4, 9, 2], WIDE))
+    draft = drafter.draft([1, 2, 3, 4, 9, 2], WIDE)
+    assert (3, 4, 9, 2) in paths(draft) and set(draft.sources[1:]) == {"text"}
     drafter.learn(Round(DraftTree.root(2), (3, 8, 2), (0, 0, 0), (3,)))
     assert {path[0] for path in paths(drafter.draft([1, 2, 3, 4, 9, 2, 3, 8, 2], WIDE))} == {3}
 
@@ -56,6 +63,15 @@ def test_longer_matches_come_first() -> None:
 
 def test_nothing_known_is_no_draft() -> None:
     assert drafter([1, 2, 3]).draft([7, 8], WIDE) == DraftTree.root(8)
+
+
+def test_a_warm_scope_drafts_how_answers_begin() -> None:
+    pool = MemoryPool()
+    pool.add([30, 31, 32])
+    pool.add([40, 41, 42], answer=False)
+    drafter = blend(write=pool)
+    drafter.open([1, 2])
+    assert paths(drafter.draft([1, 2], WIDE)) == {(30, 31, 32)}
 
 
 def test_budgets_are_kept() -> None:
@@ -73,33 +89,172 @@ def test_dear_passes_make_narrow_drafts() -> None:
     assert cheap.width > 10 and dear.width == 1
 
 
-@given(st.lists(st.floats(0, 1), max_size=63), st.floats(0, 1))
-def test_the_best_width_is_the_best(chances: list[float], slope: float) -> None:
+@given(st.lists(st.floats(0, 1), max_size=63), st.floats(0, 1), st.floats(0, 0.1))
+def test_the_best_width_is_the_best(chances: list[float], slope: float, curve: float) -> None:
     chances = sorted(chances, reverse=True)
-    budget = Budget(64, 64, cost=lambda width: 1 + slope * (width - 1))
+    budget = Budget(64, 64, cost=lambda width: 1 + slope * (width - 1) + curve * (width > 20) * (width - 20))
     rates = [(1 + sum(chances[: width - 1])) / budget.cost(width) for width in range(1, len(chances) + 2)]
-    assert rates[best_width(chances, budget) - 1] == pytest.approx(max(rates))
+    choice = WidthChoice(budget)
+    for chance in chances:
+        if not choice.add(chance):
+            break
+    assert rates[choice.best - 1] == pytest.approx(max(rates))
+
+
+def judged(estimate: Estimate, hit: bool) -> Round:
+    draft = DraftTree((1, 5), (-1, 0), (1.0, 0.5), ("", "a"), (None, estimate))
+    return Round(draft, (5, 9) if hit else (2,), (0, 1) if hit else (0,), (5 if hit else 2, 9))
+
+
+def estimate(calibration: Calibration, kind: str = "x") -> Estimate:
+    value = calibration.log_odds(("a", kind), prior=0.5)
+    calibration.weights(("a", 0))
+    return Estimate(0.5, (("a", kind),), (value,), ("a", 0))
 
 
 def test_calibration_learns_how_often_guesses_hold() -> None:
     calibration = Calibration()
-    assert calibration.chance("x", prior=0.5) == 0.5
-    right = DraftTree((1, 2, 3), (-1, 0, 0), (1.0, 0.5, 0.5), ("", "a", "b"), (None, "x", "x"))
+    drafter = Blend([], calibration)
+    assert calibration.chance(("a", "x"), prior=0.5) == 0.5
     for _ in range(2000):
-        calibration.learn(Round(right, (2, 9), (0, 1), (2, 9, 9)), "a")
-    assert calibration.chance("x", prior=0.5) > 0.95
-    wrong = DraftTree((1, 5), (-1, 0), (1.0, 0.5), ("", "a"), (None, "x"))
-    for _ in range(2000):
-        calibration.learn(Round(wrong, (2,), (0,), (2, 9)), "a")
-    assert calibration.chance("x", prior=0.5) < 0.05, "old observations fade"
+        drafter.learn(judged(estimate(calibration), hit=True))
+    assert calibration.chance(("a", "x"), prior=0.5) > 0.95
+    for _ in range(4000):
+        drafter.learn(judged(estimate(calibration), hit=False))
+    assert calibration.chance(("a", "x"), prior=0.5) < 0.05, "old observations fade"
+
+
+def test_opinions_are_weighed_by_what_they_were_worth() -> None:
+    """Of two sources that contradict each other, the one that is right is believed."""
+    calibration = Calibration()
+    situation = ("liar+seer", 3)
+    before = list(calibration.weights(situation))
+    for number in range(400):
+        right = number % 3 == 0
+        inputs = (1.0, 2.0 if right else -2.0)
+        calibration.learn(Estimate(0.5, (("liar",), ("seer",)), inputs, situation), right)
+    after = calibration.weights(situation)
+    assert after[1] > before[1] and after[0] < before[0]
 
 
 def test_guesses_behind_a_rejected_one_are_not_counted() -> None:
     calibration = Calibration()
-    draft = DraftTree((1, 5, 6), (-1, 0, 1), (1.0, 0.5, 0.5), ("", "a", "a"), (None, "first", "second"))
-    calibration.learn(Round(draft, (2,), (0,), (2, 6, 7)), "a")
-    assert calibration.chance("first", 0.5) < 0.5
-    assert calibration.chance("second", 0.5) == 0.5
+    first, second = estimate(calibration, "first"), estimate(calibration, "second")
+    draft = DraftTree((1, 5, 6), (-1, 0, 1), (1.0, 0.5, 0.5), ("", "a", "a"), (None, first, second))
+    Blend([], calibration).learn(Round(draft, (2,), (0,), (2, 6, 7)))
+    assert calibration.chance(("a", "first"), 0.5) < 0.5
+    assert calibration.chance(("a", "second"), 0.5) == 0.5
+
+
+def test_calibration_can_be_kept() -> None:
+    calibration = Calibration()
+    for number in range(50):
+        Blend([], calibration).learn(judged(estimate(calibration), hit=number % 5 > 0))
+    kept = Calibration.from_bytes(calibration.to_bytes())
+    assert kept.chance(("a", "x"), 0.1) == pytest.approx(calibration.chance(("a", "x"), 0.1), abs=1e-3)
+    assert list(kept.weights(("a", 0))) == pytest.approx(list(calibration.weights(("a", 0))), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff", b"[]", b"{}", json.dumps({"version": 1, "counts": [[1]], "weights": []}).encode()]
+)
+def test_calibration_that_cannot_be_read_is_begun_anew(data: bytes) -> None:
+    assert Calibration.from_bytes(data).chance(("a",), 0.25) == 0.25
+
+
+def test_weights_of_another_number_of_sources_are_left_out() -> None:
+    data = json.dumps({"version": 1, "counts": [], "weights": [[["a+b", 1], [1.0]], [["a", 1], [0.5, 0.1]]]}).encode()
+    kept = Calibration.from_bytes(data)
+    assert len(kept.weights(("a+b", 1))) == 3 and list(kept.weights(("a", 1))) == [0.5, 0.1]
+
+
+class TestRecycling:
+    def test_what_the_target_said_of_rejected_nodes_is_guessed(self) -> None:
+        source = Recycling()
+        draft = DraftTree((1, 5, 6), (-1, 0, 0), (1.0, 0.5, 0.5), ("", "a", "a"), (None, None, None))
+        source.learn(Round(draft, (5, 8), (0, 1), (5, 8, 7), (((5, 0.9),), ((8, 0.6), (9, 0.3)), ((7, 0.5),))))
+        found = Blend([source]).draft([6], WIDE)
+        assert found.token_ids[:2] == (6, 7) and found.sources[1] == "recycling"
+        assert source.guesses(source.start([5])).by_token.keys() == {8, 9}
+
+    def test_the_accepted_context_wins_over_rejected_ones(self) -> None:
+        source = Recycling()
+        draft = DraftTree((1, 4, 5, 5), (-1, 0, 0, 1), (1.0,) * 4, ("", "a", "a", "a"), (None,) * 4)
+        successors = (((5, 1.0),), ((5, 1.0),), ((8, 1.0),), ((9, 1.0),))
+        source.learn(Round(draft, (5, 8), (0, 2), (5, 5, 8, 9), successors))
+        assert source.table.get(5) == ((8, 1.0),)
+
+    def test_observations_are_averaged_where_the_target_samples(self) -> None:
+        source = Recycling(sampling=True)
+        for successors in (((7, 0.8), (8, 0.2)), ((7, 0.4), (9, 0.6))):
+            source.learn(Round(DraftTree.root(1), (7,), (0,), (7,), (successors,)))
+        assert dict(source.table.get(1)) == pytest.approx({7: 0.6, 8: 0.1, 9: 0.3})
+
+    def test_the_table_is_bounded(self) -> None:
+        table = SuccessorTable(capacity=3)
+        for token_id in (1, 2, 3, 1, 4):
+            table.set(token_id, ((9, 0.5),))
+        assert [token_id for token_id in range(6) if table.get(token_id)] == [1, 3, 4]
+
+    def test_only_what_changed_is_kept(self) -> None:
+        table = SuccessorTable()
+        table.set(1, ((2, 0.5), (3, 0.25)))
+        table.set(4, ((5, 0.5),))
+        first = table.take_changed()
+        table.set(4, ((6, 0.5),))
+        assert set(first) == {1, 4} and set(table.take_changed()) == {4} and table.take_changed() == {}
+        other = SuccessorTable()
+        other.load(first)
+        assert other.get(1) == ((2, 0.5), (3, 0.25)) and other.take_changed() == {}
+
+    @given(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.floats(0, 1, width=32)), max_size=8))
+    def test_successors_survive_being_kept(self, successors: list[tuple[int, float]]) -> None:
+        assert decode(encode(successors)) == tuple(successors)
+        assert decode(encode(successors) + b"x") == ()
+
+
+class TestMemory:
+    def test_what_was_learned_is_kept_with_the_pool_by_model(self) -> None:
+        pool = MemoryPool()
+        memory = Memory()
+        memory.successors.set(7, ((8, 0.5),))
+        Blend([], memory.calibration).learn(judged(estimate(memory.calibration), hit=True))
+        memory.remember(pool, "model-a")
+        again, other = Memory.recall(pool, "model-a"), Memory.recall(pool, "model-b")
+        assert again.successors.get(7) == ((8, 0.5),) and other.successors.get(7) is None
+        assert again.calibration.chance(("a", "x"), 0.5) > 0.5 == other.calibration.chance(("a", "x"), 0.5)
+
+    def test_sources_are_those_that_were_named(self) -> None:
+        def names(*drafters: str) -> list[str]:
+            pool = MemoryPool()
+            found = sources(drafters, Memory(), write=pool, read=[MemoryPool()], documents=MemoryPool())
+            return [source.name for source in found]
+
+        assert names("phrases") == ["text", "phrases", "shared"]
+        assert names("recycling") == ["recycling"] and names("retrieval") == ["retrieval"]
+        assert names("retrieval", "recycling", "phrases") == ["text", "phrases", "shared", "retrieval", "recycling"]
+        assert names() == []
+
+
+def test_equal_guesses_are_one_node() -> None:
+    pool, memory = MemoryPool(), Memory()
+    pool.add([1, 2, 3])
+    memory.successors.set(2, ((3, 0.9), (4, 0.1)))
+    both = Blend(sources(["phrases", "recycling"], memory, read=[pool]), memory.calibration)
+    draft = both.draft([1, 2], WIDE)
+    assert sorted(draft.token_ids[1:]) == [3, 4]
+    alone = Blend(sources(["recycling"], memory), memory.calibration).draft([1, 2], WIDE)
+    assert draft.chances[draft.token_ids.index(3)] != alone.chances[alone.token_ids.index(3)]
+
+
+def test_origins_say_who_drafted_every_token() -> None:
+    draft = DraftTree((1, 2, 3, 9), (-1, 0, 1, 0), (1.0,) * 4, ("", "text", "recycling", "text"), (None,) * 4)
+    likeliest = (2, 3, 4, 0)
+    assert Round(draft, (2, 3, 4), (0, 1, 2), likeliest).origins == ("text", "recycling", "bonus")
+    assert Round(draft, (2, 7), (0, 1), likeliest).origins == ("text", "recovered")
+    assert Round(draft, (5,), (0,), likeliest).origins == ("recovered",)
+    assert Round(DraftTree.root(1), (5,), (0,), (5,)).origins == ("bonus",)
+    assert Round(draft, (), (), likeliest).origins == ()
 
 
 def test_rejected_but_right_runs() -> None:
@@ -117,10 +272,10 @@ def test_accepted_nodes_and_short_runs_are_no_rejected_runs() -> None:
 
 def test_rejected_runs_are_learned_but_not_prompts() -> None:
     pool = MemoryPool()
-    phrases = PhraseDrafter([pool], write=pool)
-    phrases.open([1, 2, 3, 4, 5, 6])
+    drafter = blend(write=pool)
+    drafter.open([1, 2, 3, 4, 5, 6])
     assert pool.stats.tokens == 0
-    phrases.learn(Round(DraftTree.chain([1, 10, 11, 12]), (7,), (0,), (7, 11, 12, 99)))
+    drafter.learn(Round(DraftTree.chain([1, 10, 11, 12]), (7,), (0,), (7, 11, 12, 99)))
     assert pool.match([10])[0].token_ids == (11, 12, 99)
 
 

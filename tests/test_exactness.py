@@ -133,9 +133,7 @@ def test_sources_alone_and_together_change_no_token(
                 ),
             )
             assert list(result.token_ids) == wanted
-            assert set(result.statistics.accepted_by_source) <= {
-                *drafters, "text", "shared"
-            }
+            assert set(result.statistics.accepted_by_source) <= {*drafters, "text", "shared"}
             assert len(result.statistics.origins) == len(wanted)
 
 

@@ -51,7 +51,7 @@ def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
 
 
 def test_core_imports_neither_framework_nor_database() -> None:
-    code = "import ouroboros_llm, sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    code = "from ouroboros_llm import *; import sys; print(*{name.partition('.')[0] for name in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert "ouroboros_llm" in loaded.split()
     # sqlite3 is the standard library's own: others may load it.

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ouroboros_llm.memory_pool import MemoryPool
-from ouroboros_llm.phrases import MATCH_LIMIT, PHRASE_LENGTH, Phrase, PhrasePool, PoolStats
+from ouroboros_llm.phrases import ANSWER, MATCH_LIMIT, PHRASE_LENGTH, Notebook, Phrase, PhrasePool, PoolStats
 from ouroboros_storage import PhraseStore
 
 POSTGRES = os.environ.get("OUROBOROS_TEST_POSTGRES", "")
@@ -160,6 +160,28 @@ def test_adding_keeps_no_reference_to_the_run(fill: Fill) -> None:
     pool.add(run)
     run[:] = [7, 8, 9]
     assert pool.match([1]) == [Phrase((2, 3), match_length=1)]
+
+
+def test_answers_are_found_by_how_they_begin(fill: Fill) -> None:
+    pool = fill([[5, 6, 7], [8, 6, 9]])
+    assert [phrase.token_ids for phrase in pool.match([ANSWER])] == [(8, 6, 9), (5, 6, 7)]
+    assert [(phrase.token_ids, phrase.match_length) for phrase in pool.match([ANSWER, 5, 6])] == [((7,), 3), ((9,), 1)]
+
+
+def test_runs_of_the_middle_are_no_beginnings(fill: Fill) -> None:
+    pool = fill([[5, 6, 7]])
+    pool.add([5, 8, 9], answer=False)
+    assert [phrase.token_ids for phrase in pool.match([ANSWER])] == [(5, 6, 7)]
+    pool.add([5, 8, 9])
+    assert {phrase.token_ids for phrase in pool.match([ANSWER])} == {(5, 6, 7), (5, 8, 9)}
+
+
+def test_notes_are_kept_by_name(fill: Fill) -> None:
+    pool = fill([[1, 2]])
+    assert isinstance(pool, Notebook) and pool.recall("") == {}
+    pool.remember({"a/1": b"x", "a/2": b"y", "b/1": b"z"})
+    pool.remember({"a/2": b""})
+    assert pool.recall("a/") == {"a/1": b"x", "a/2": b""} and pool.recall("c") == {}
 
 
 def test_stats_count_runs_and_tokens(fill: Fill) -> None:

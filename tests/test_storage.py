@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import StaticPool, create_engine, event, inspect, make_url, text
 
 from ouroboros_llm.errors import MissingExtraError, OptionError, StoreError
-from ouroboros_llm.phrases import Phrase, PoolSource
+from ouroboros_llm.phrases import ANSWER, Phrase, PoolSource
 from ouroboros_storage import PhraseStore, StoredRun, StoredScope, database, migrations, sqlite_file
 from ouroboros_storage.buffer import Buffer
 from ouroboros_storage.migrations import MIGRATIONS
@@ -722,3 +722,78 @@ for inherited in (None, "from the parent"):
         counts = {run.token_ids: run.count for run in store.export("a")}
         assert counts == {(1, 2, 3): 200} | {(n, 1000 + turn, 7): 2 for n in range(4) for turn in range(25)}
         assert [(scope.runs, scope.tokens) for scope in store.list()] == [(101, 303)]
+
+
+# Notes, and where answers begin
+
+
+def test_notes_and_answers_are_durable(any_url: str) -> None:
+    with PhraseStore(any_url) as store:
+        pool = store.open("a", fingerprint="f")
+        pool.add([1, 2, 3])
+        pool.add([1, 7, 8], answer=False)
+        pool.remember({"m/calibration": b"old", "m/successors/5": b"12345678"})
+        store.flush()
+        pool.remember({"m/calibration": b"new"})
+        assert store.open("b", fingerprint="f").recall("") == {}
+    with PhraseStore(any_url) as store:
+        pool = store.open("a", fingerprint="f")
+        assert pool.recall("m/") == {"m/calibration": b"new", "m/successors/5": b"12345678"}
+        assert [phrase.token_ids for phrase in pool.match([ANSWER])] == [(1, 2, 3)]
+        assert {run.token_ids: run.answer for run in store.export("a")} == {(1, 2, 3): True, (1, 7, 8): False}
+        pool.add([1, 7, 8])
+    with PhraseStore(any_url) as store:
+        assert len(store.open("a", fingerprint="f").match([ANSWER])) == 2
+        assert store.delete("a") == 2
+        assert store.open("a", fingerprint="f").recall("") == {}
+    with PhraseStore(any_url) as store:
+        assert store.open("a", fingerprint="f").recall("") == {}
+
+
+def test_deleted_notes_are_in_no_byte_of_the_file(url: str) -> None:
+    with PhraseStore(url) as store:
+        pool = store.open("a", fingerprint="f")
+        for secret in (b"a secret note of the first flush", b"a secret note of the second one"):
+            pool.remember({"m/calibration": secret})
+            store.flush()
+        files = [path for path in path_of(url).parent.iterdir() if path.is_file()]
+        assert any(b"secret" in path.read_bytes() for path in files)
+        store.delete("a")
+        assert not any(b"secret" in path.read_bytes() for path in path_of(url).parent.iterdir() if path.is_file())
+
+
+def test_notes_wait_for_a_database_that_comes_back(url: str, impatient: None) -> None:
+    with PhraseStore(url) as store:
+        pool = store.open("a", fingerprint="f")
+        pool.add([1, 2, 3])
+        store.flush()
+        blocker = sqlite3.connect(path_of(url), isolation_level=None)
+        blocker.execute("BEGIN IMMEDIATE")
+        pool.remember({"m/1": b"x", "m/2": b"x"})
+        with pytest.warns(RuntimeWarning, match="cannot be written"):
+            store.flush()
+        pool.remember({"m/2": b"y"})
+        blocker.execute("ROLLBACK")
+        blocker.close()
+        store.flush()
+    with PhraseStore(url) as store:
+        assert store.open("a", fingerprint="f").recall("") == {"m/1": b"x", "m/2": b"y"}
+
+
+def test_a_database_of_the_first_version_is_brought_up_to_date(url: str) -> None:
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE ouroboros_migrations (version INTEGER PRIMARY KEY)"))
+        for statement in migrations.MIGRATIONS[0]:
+            connection.exec_driver_sql(statement.format(**migrations._TYPES["sqlite"]))
+        connection.execute(text("INSERT INTO ouroboros_migrations VALUES (1)"))
+        connection.execute(text("INSERT INTO ouroboros_scopes VALUES (1, 'a', 'f', 1, 1)"))
+        row = {"data": struct.pack("<3I", 1, 2, 3), "hash": b"h"}
+        connection.execute(text("INSERT INTO ouroboros_runs VALUES (1, 1, :hash, :data, 3, 2, 1, 1)"), row)
+    engine.dispose()
+    with PhraseStore(url) as store:
+        pool = store.open("a", fingerprint="f")
+        assert pool.match([ANSWER])[0].token_ids == (1, 2, 3) and pool.match([1])[0].count == 2
+        pool.remember({"m/1": b"x"})
+    with PhraseStore(url) as store:
+        assert store.open("a", fingerprint="f").recall("m/") == {"m/1": b"x"}

@@ -4,6 +4,8 @@ import inspect
 import re
 from pathlib import Path
 
+import pytest
+
 import ouroboros_llm
 
 ROOT = Path(__file__).parent.parent
@@ -11,15 +13,18 @@ ROOT = Path(__file__).parent.parent
 
 def test_public_names_are_pinned() -> None:
     assert ouroboros_llm.__all__ == sorted(ouroboros_llm.__all__, key=str)
-    public = {
-        name for name, value in vars(ouroboros_llm).items() if not name.startswith("_") and not inspect.ismodule(value)
-    }
-    assert public | {"__version__"} == set(ouroboros_llm.__all__)
+    assert set(ouroboros_llm._MODULES) | {"__version__"} == set(ouroboros_llm.__all__)
+    for name, module in ouroboros_llm._MODULES.items():
+        assert getattr(ouroboros_llm, name).__module__ == f"ouroboros_llm.{module}"
+    with pytest.raises(AttributeError, match="nothing_of_ours"):
+        getattr(ouroboros_llm, "nothing_of_ours")  # noqa: B009
 
 
 def test_errors_have_one_root() -> None:
     errors = [
-        value for value in vars(ouroboros_llm).values() if inspect.isclass(value) and issubclass(value, Exception)
+        value
+        for name in ouroboros_llm.__all__
+        if inspect.isclass(value := getattr(ouroboros_llm, name)) and issubclass(value, Exception)
     ]
     assert len(errors) >= 9
     assert all(issubclass(error, ouroboros_llm.OuroborosError) for error in errors)

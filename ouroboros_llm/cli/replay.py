@@ -58,8 +58,8 @@ def replay(
     and from pass to pass. What the target says of rejected guesses is not recorded, so a run with the model drafts a
     little better than its replay.
     """
-    from ..replay import report
     from ..replay import replay as replayed
+    from ..replay import report
     from ..traces import read_traces
 
     recorded = [trace for path in traces for trace in read_traces(path)]

@@ -37,6 +37,8 @@ class Round:
     """Per node, rejected ones included: the token the target finds likeliest after it."""
     successors: tuple[Successors, ...] = ()
     """Per node, where the drafter asked for them."""
+    read: tuple[tuple[int, Successors], ...] = ()
+    """Of a prefill: tokens read before the root, in order, each with its successors."""
 
     @property
     def accepted(self) -> tuple[int, ...]:

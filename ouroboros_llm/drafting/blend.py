@@ -52,7 +52,9 @@ class Blend:
                 for token_id, source, estimate in self._estimates(states):
                     if path_chance * estimate.chance > _MIN_PATH_CHANCE:
                         pushed += 1
-                        heappush(heap, (-path_chance * estimate.chance, pushed, node, token_id, source, estimate, states))
+                        heappush(
+                            heap, (-path_chance * estimate.chance, pushed, node, token_id, source, estimate, states)
+                        )
             if not heap or not builder.room:
                 break
             negative, _, parent, token_id, source, estimate, before = heappop(heap)

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from math import exp, log
 from typing import Any, NamedTuple
 
-_PRIOR_WEIGHT = 4.0
+_PRIOR_WEIGHT = 8.0
 """A prior counts as this many observations."""
 
 _MEMORY = 1000.0
@@ -64,7 +64,7 @@ class Calibration:
         if known is None:
             names = situation[0].split("+")
             # Alone, a source is taken at its word; beside others, for a part of what they know together.
-            known = [1.0 if len(names) == 1 else _WEIGHTS.get(name, 0.85) for name in names] + [0.15]
+            known = [1.0 if len(names) == 1 else _WEIGHTS.get(name, 0.85) for name in names] + [0.0]
             self._weights[situation] = known
         return known
 

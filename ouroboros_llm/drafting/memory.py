@@ -11,6 +11,7 @@ from .calibration import Calibration
 from .phrases import PhraseSource, RunningText
 from .recycling import Recycling, SuccessorTable
 
+
 @dataclass(eq=False)
 class Memory:
     """What was learned of one model's choices in one scope, beside the phrases."""

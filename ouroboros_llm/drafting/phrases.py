@@ -23,6 +23,10 @@ Cursor = tuple[tuple[int, ...], int, int, int]
 seen."""
 
 
+# The prior of a guess follows how often such guesses were right on recorded answers to questions, code, mathematics and
+# summaries alike: the only continuation of one matching token in two cases of five, of eight tokens in six of seven.
+
+
 class Branch:
     """The phrases that agree with a path so far."""
 
@@ -86,8 +90,13 @@ class PhraseSource:
             return None
         by_token = {
             token_id: Guess(
-                (self.name, bisect_right(_LENGTHS, length), bisect_right(_SHARES, weight / total), bisect_right(_COUNTS, count)),
-                prior=weight / total * (1 - 0.6**length),
+                (
+                    self.name,
+                    bisect_right(_LENGTHS, length),
+                    bisect_right(_SHARES, weight / total),
+                    bisect_right(_COUNTS, count),
+                ),
+                prior=(weight / total) ** 1.2 * (1 - 0.62 / length**0.7),
             )
             for token_id, weight, length, count in summary
         }

@@ -110,6 +110,8 @@ class Recycling:
         return Guesses(by_token, _OTHERWISE)
 
     def learn(self, round: Round) -> None:
+        for token_id, successors in round.read:
+            self._take(token_id, successors)
         path = set(round.path)
         nodes = [node for node, successors in enumerate(round.successors) if successors]
         # What was accepted comes last, so that it stays.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
-
-import torch
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from ..draft_tree import DraftTree
+
+if TYPE_CHECKING:
+    import torch
 
 Branching = Literal["tree", "chain", "none"]
 """What one pass can verify: any draft, a draft without branches, or none."""
@@ -33,11 +34,15 @@ class TargetModel(Protocol):
     def token_ids(self) -> Sequence[int]:
         """The committed text: its keys and values are there."""
 
-    def prefill(self, token_ids: Sequence[int], draft: DraftTree | None = None) -> torch.Tensor:
+    def prefill(self, token_ids: Sequence[int], draft: DraftTree | None = None, before: int = 0) -> torch.Tensor:
         """Read a text, reusing the longest prefix already there, and verify `draft` in the same pass.
 
-        The draft's root is the text's last token; None is a draft without guesses. Logits [width, vocabulary] after
-        each node. The text up to the root is committed, the nodes are left pending.
+        The draft's root is the text's last token; None is a draft without guesses. The text up to the root is
+        committed, the nodes are left pending.
+
+        Returns:
+            Logits [n + width, vocabulary]: after the last n tokens before the root, n being `before` or as many of them
+            as the last pass read, and after each node.
         """
 
     def verify(self, draft: DraftTree) -> torch.Tensor:

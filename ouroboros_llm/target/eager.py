@@ -50,14 +50,14 @@ class EagerTarget:
         # States of convolutions that a first pass brings into being cannot drop their end yet.
         return self.branching if self.cache.can_rewind else "none"
 
-    def prefill(self, token_ids: Sequence[int], draft: DraftTree | None = None) -> torch.Tensor:
+    def prefill(self, token_ids: Sequence[int], draft: DraftTree | None = None, before: int = 0) -> torch.Tensor:
         self.rewind(self.common_prefix(token_ids))
         chunk = PREFILL_CHUNK if self.cache.can_rewind else len(token_ids)
         while len(unread := token_ids[len(self.token_ids) : -1]) > chunk:
             self._forward(DraftTree.chain(unread[:chunk]), logits_to_keep=1)
             self.token_ids += unread[:chunk]
         draft = draft or DraftTree.root(token_ids[-1])
-        logits = self._forward(draft.behind(unread), logits_to_keep=draft.width)
+        logits = self._forward(draft.behind(unread), logits_to_keep=min(before, len(unread)) + draft.width)
         self.token_ids += unread
         self._pending = draft.token_ids
         return logits

@@ -25,7 +25,7 @@ class ScriptedTarget:
         self.token_ids: list[int] = []
         self._pending: tuple[int, ...] = ()
 
-    def prefill(self, token_ids: Sequence[int], draft: DraftTree | None = None) -> torch.Tensor:
+    def prefill(self, token_ids: Sequence[int], draft: DraftTree | None = None, before: int = 0) -> torch.Tensor:
         self.token_ids = list(token_ids[:-1])
         return self.verify(draft or DraftTree.root(token_ids[-1]))
 

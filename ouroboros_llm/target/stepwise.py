@@ -37,7 +37,7 @@ class StepwiseTarget:
         self._state_name = names[0]
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
-    def prefill(self, token_ids: Sequence[int], draft: DraftTree | None = None) -> torch.Tensor:
+    def prefill(self, token_ids: Sequence[int], draft: DraftTree | None = None, before: int = 0) -> torch.Tensor:
         self.token_ids, self._state = list(token_ids[:-1]), None
         # In one pass: continuing a recurrent state by many tokens is not something every model does right.
         return self._forward(token_ids)[-1:]

@@ -140,8 +140,8 @@ def read_runs(connection: Connection, key: ScopeKey, after: int, up_to: int, cap
 
 def read_batch(connection: Connection, scope: str, after: int) -> list[tuple[int, StoredRun]]:
     """The next runs of a scope with id > `after`, with their ids, in the order in which they were first written."""
-    columns = (scopes.c.fingerprint, runs.c.token_ids, runs.c["count"], runs.c.created, runs.c.last_used)
-    columns += (runs.c.answer, runs.c.id)
+    of_run = (runs.c.token_ids, runs.c["count"], runs.c.created, runs.c.last_used, runs.c.answer, runs.c.id)
+    columns = (scopes.c.fingerprint, *of_run)
     statement = _of_scope(scope, *columns).where(runs.c.id > after).order_by(runs.c.id).limit(_BATCH)
     return [
         (run_id, StoredRun(scope, fingerprint, decode(data), count, _time(created), _time(last_used), bool(answer)))
@@ -175,7 +175,9 @@ def delete_scope(connection: Connection, scope: str) -> int:
 
 def read_notes(connection: Connection, key: ScopeKey) -> dict[str, bytes]:
     """The notes of a scope by name."""
-    statement = select(kept_notes.c.name, kept_notes.c.data).where(kept_notes.c.scope_id == _scope_id(key).scalar_subquery())
+    statement = select(kept_notes.c.name, kept_notes.c.data).where(
+        kept_notes.c.scope_id == _scope_id(key).scalar_subquery()
+    )
     return {name: bytes(data) for name, data in connection.execute(statement)}
 
 
