@@ -10,15 +10,16 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .draft_pair import load_draft
 from .drafting.memory import Memory
-from .errors import ContextLengthError, ModelError, OptionError, PromptError, TokenizerMismatchError
+from .errors import ContextLengthError, OptionError, PromptError
 from .options import DecodingOptions
 from .phrases import PhrasePool, PoolSource, check_scope, check_scopes
 from .session import Session, Sessions, Workspace
 from .sources import flush, open_pool, open_source
 from .statistics import GenerationResult, Piece
 from .target.eager import vocabulary_size
-from .target.prepared import PreparedModel, prepare
+from .target.prepared import prepare
 from .text import Prompt, encode, vocabulary_hash
 from .turn import Turn
 
@@ -76,7 +77,7 @@ class Ouroboros:
         self.name = str(model.config._name_or_path or type(model).__name__)
         self.fingerprint = vocabulary_hash(tokenizer)
         self._prepared = prepare(model)
-        self._draft = self._load_draft(draft_model) if draft_model is not None else None
+        self._draft = None if draft_model is None else load_draft(draft_model, model, tokenizer, self.name)
         self._owns_store = not isinstance(store, PoolSource)
         self.store: PoolSource = open_source(store)
         if documents is not None and not isinstance(documents, PhrasePool):
@@ -242,42 +243,3 @@ class Ouroboros:
             )
         wanted = options.max_new_tokens or self.model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         return int(min(wanted, room))
-
-    def _load_draft(self, draft_model: Any) -> PreparedModel:
-        model, tokenizer = _draft_pair(draft_model, self.model)
-        if tokenizer is not None and (other := vocabulary_hash(tokenizer)) != self.fingerprint:
-            raise TokenizerMismatchError(
-                f"draft_model must share the target's vocabulary ({self.name}: {self.fingerprint[:12]}, "
-                f"{len(self.tokenizer)} tokens), but {model.config._name_or_path or type(model).__name__} has "
-                f"{other[:12]}, {len(tokenizer)} tokens; choose a smaller model of the same family"
-            )
-        if vocabulary_size(model) < len(self.tokenizer):
-            raise TokenizerMismatchError(
-                f"draft_model must embed all {len(self.tokenizer)} tokens of the target's tokenizer, "
-                f"but it has {vocabulary_size(model)}; choose a smaller model of the same family"
-            )
-        prepared = prepare(model)
-        if not Workspace(prepared.start()).reusable:
-            raise ModelError(
-                "draft_model must be able to drop tokens it has read, but "
-                f"{model.config._name_or_path or type(model).__name__} keeps states that cannot be rewound; "
-                "choose a model with attention layers only"
-            )
-        return prepared
-
-
-def _draft_pair(draft_model: Any, model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The draft model, and its tokenizer where there is one to compare."""
-    if isinstance(draft_model, (str, Path)):
-        from . import models
-
-        loaded = models.load(draft_model, device=str(model.device), dtype=model.dtype)
-        return loaded.model, loaded.tokenizer
-    if isinstance(draft_model, tuple) and len(draft_model) == 2:
-        return draft_model
-    if isinstance(draft_model, PreTrainedModel):
-        return draft_model, None
-    raise OptionError(
-        "draft_model must be a registry name, a path, a hub id, a model or a pair (model, tokenizer), "
-        f"but got {type(draft_model).__name__}"
-    )

@@ -6,9 +6,9 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from .drafting.draft_model import Worth
 from .drafting.lookahead import WindowWorth
 from .drafting.memory import Memory
+from .drafting.worth import Worth
 from .memory_pool import MemoryPool
 from .target.base import TargetModel
 from .target.eager import EagerTarget
@@ -51,6 +51,8 @@ class Session:
     memory: Memory = field(default_factory=Memory)
     draft_memory: Memory = field(default_factory=Memory)
     """What the draft model's own drafting learned."""
+    worth: Worth = field(default_factory=lambda: Worth(memory=64, retry=8))
+    """Whether drafts pay here, and whether asking the draft model does."""
     draft_worth: Worth = field(default_factory=Worth)
     generation: object = None
     """Changes when the scope's phrases are deleted; what was read and learned goes with them."""

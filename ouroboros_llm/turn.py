@@ -17,6 +17,7 @@ from .drafting.memory import sources
 from .drafting.names import DEFAULT_DRAFTERS
 from .drafting.phrases import PhraseSource, RunningText
 from .drafting.recycling import KEPT
+from .drafting.worth import PayingDrafter
 from .options import DecodingOptions
 from .phrases import PhrasePool
 from .sampling import end_token_ids, sampler_for
@@ -98,7 +99,7 @@ class Turn:
         found = sources(names, memory, text=text, write=self._write, read=read, documents=documents, sampling=sampling)
         found = [*self._window_phrases(names), *found]
         if self._workspace.draft_target is None or "draft_model" not in names:
-            return self._with_window(names, Blend(found, memory.calibration)), None
+            return self._with_window(names, self._paying(Blend(found, memory.calibration))), None
         model = self._draft_model_of(self._workspace.draft_target, names, text, read)
         drafter = DraftModelDrafter(
             model,
@@ -106,7 +107,10 @@ class Turn:
             pass_seconds=lambda: self._prepared.pass_times.one,
             worth=self._session.draft_worth,
         )
-        return drafter, model
+        return self._paying(drafter), model
+
+    def _paying(self, drafter: Drafter) -> Drafter:
+        return PayingDrafter(drafter, lambda: self._prepared.pass_times.one, self._session.worth)
 
     def _draft_model_of(
         self, target: TargetModel, names: Sequence[str], text: RunningText, read: Sequence[PhrasePool]

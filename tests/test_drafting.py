@@ -13,10 +13,10 @@ from ouroboros_llm.drafting.base import Budget, Drafter, NoDrafts, Round
 from ouroboros_llm.drafting.blend import Blend
 from ouroboros_llm.drafting.budget import WidthChoice
 from ouroboros_llm.drafting.calibration import Calibration, Estimate
-from ouroboros_llm.drafting.draft_model import Worth
 from ouroboros_llm.drafting.memory import Memory, sources
 from ouroboros_llm.drafting.phrases import rejected_but_right
 from ouroboros_llm.drafting.recycling import Recycling, SuccessorTable, decode, encode
+from ouroboros_llm.drafting.worth import PayingDrafter, Worth
 
 WIDE = Budget(width=64, depth=100)
 
@@ -288,3 +288,37 @@ def test_a_draft_model_is_asked_as_long_as_it_pays() -> None:
     assert worth.pays(1.9, 1.0) and not worth.pays(2.1, 1.0), "3 tokens in 1.5 are as good as 2 in 1"
     asked = [worth.pays(2.5, 1.0) for _ in range(200)]
     assert 0 < sum(asked) < 20, "now and then it gets another chance"
+
+
+class Chains:
+    """Always drafts the same chain of three."""
+
+    def open(self, context: object) -> None:
+        pass
+
+    def draft(self, context: object, budget: Budget) -> DraftTree:
+        return DraftTree.chain([1, 2, 3, 4], "chains")
+
+    def learn(self, round: Round) -> None:
+        pass
+
+
+@pytest.mark.parametrize("accepted", [0, 3])
+def test_drafts_are_made_while_they_pay(accepted: int) -> None:
+    """A pass over four takes as long as one and a half; four tokens are worth that, one is not."""
+    drafter, made = PayingDrafter(Chains(), pass_seconds=lambda: 1000.0), 0
+    budget = Budget(64, 50, cost=lambda width: 1.0 + (width > 1) / 2)
+    for _ in range(200):
+        draft = drafter.draft([1], budget)
+        made += draft.width > 1
+        token_ids, path = ((2, 3, 4, 5), (0, 1, 2, 3)) if accepted and draft.width > 1 else ((9,), (0,))
+        drafter.learn(Round(draft, token_ids, path, (2,) * draft.width))
+    assert made == 200 if accepted else made < 40
+
+
+def test_drafts_of_a_fixed_width_are_always_made() -> None:
+    drafter = PayingDrafter(Chains(), pass_seconds=lambda: 1e-9)
+    for _ in range(50):
+        draft = drafter.draft([1], WIDE)
+        drafter.learn(Round(draft, (9,), (0,), (2,) * 4))
+        assert draft.width == 4

@@ -82,8 +82,10 @@ class Calibration:
 
     def to_bytes(self) -> bytes:
         """All that was learned, to be kept."""
-        counts = [[list(key), round(hits, 2), trials] for key, (hits, trials) in self._counts.items()]  # type: ignore[call-overload]
-        weights = [[list(key), [round(weight, 4) for weight in value]] for key, value in self._weights.items()]
+        # Copies: another turn of the scope may be in the middle of a round.
+        kept, weighed = list(self._counts.items()), list(self._weights.items())
+        counts = [[list(key), round(hits, 2), trials] for key, (hits, trials) in kept]  # type: ignore[call-overload]
+        weights = [[list(key), [round(weight, 4) for weight in value]] for key, value in weighed]
         return json.dumps({"version": 1, "counts": counts, "weights": weights}, separators=(",", ":")).encode()
 
     @classmethod

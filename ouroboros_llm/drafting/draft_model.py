@@ -13,6 +13,7 @@ from ..sampling import Sampler
 from .base import Budget, Guess, Guesses, Round, Successors
 from .blend import Blend
 from .calibration import Calibration
+from .worth import Worth
 
 NAME = "draft_model"
 
@@ -126,37 +127,6 @@ class DraftModelDrafter:
         if NAME in round.draft.sources:
             self._worth.gained(len(round.token_ids))
         self._blend.learn(round)
-
-
-class Worth:
-    """Whether asking the draft model pays: moving averages of what a draft takes and what its rounds emit."""
-
-    _TRIALS = 8
-    """Rounds before judging."""
-    _RETRY = 32
-    """Rounds after which a draft model that did not pay gets another chance."""
-
-    def __init__(self) -> None:
-        self._seconds = self._tokens = 0.0
-        self._rounds = self._declined = 0
-
-    def pays(self, tokens: float, pass_seconds: float | None) -> bool:
-        """Whether a draft promises more tokens per second than the `tokens` that a pass emits without it."""
-        if self._rounds < self._TRIALS or pass_seconds is None or self._declined >= self._RETRY:
-            self._declined = 0
-            return True
-        pays = self._tokens / (pass_seconds + self._seconds) > tokens / pass_seconds
-        self._declined = 0 if pays else self._declined + 1
-        return pays
-
-    def spent(self, seconds: float) -> None:
-        """A draft took so long."""
-        self._rounds += 1
-        self._seconds += (seconds - self._seconds) / min(self._rounds, 16)
-
-    def gained(self, tokens: int) -> None:
-        """A round with a draft of the draft model emitted so many tokens."""
-        self._tokens += (tokens - self._tokens) / min(max(self._rounds, 1), 16)
 
 
 def _guess(rank: int, probability: float) -> Guess:

@@ -60,9 +60,9 @@ class SuccessorTable:
 
     def take_changed(self) -> dict[int, bytes]:
         """What changed since the last call, per token, to be kept."""
-        changed = {token: encode(self._successors[token]) for token in self._changed if token in self._successors}
-        self._changed.clear()
-        return changed
+        changed, self._changed = self._changed, set()
+        # A copy: another turn of the scope may be in the middle of a round.
+        return {token_id: encode(self._successors.get(token_id, ())) for token_id in list(changed)}
 
     def load(self, kept: Mapping[int, bytes]) -> None:
         """Take in what `take_changed` gave before."""

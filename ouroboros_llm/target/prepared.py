@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from weakref import WeakKeyDictionary
 
+import torch
 from transformers import PreTrainedModel
 
 from ..draft_tree import DraftTree
@@ -45,6 +46,9 @@ class PreparedModel:
 
 # The values must not hold the model, or it would never be freed.
 _known: WeakKeyDictionary[PreTrainedModel, tuple[object, Probe, PassTimes, threading.RLock, str]] = WeakKeyDictionary()
+_times: dict[tuple[object, ...], PassTimes] = {}
+"""By model, device, dtype and threads: what was measured holds for a copy that is loaded later."""
+
 _preparing = threading.Lock()
 
 _SAMPLED = 16
@@ -58,10 +62,11 @@ def prepare(model: PreTrainedModel) -> PreparedModel:
         if model not in _known or _known[model][0] != state:
             StepwiseTarget(model)  # refuses what no target can run
             model.train(False)
-            found, times = probe(model), PassTimes(kind_of(model))
+            found, mark = probe(model), fingerprint(model)
+            times = _times.setdefault((mark, *map(str, state), torch.get_num_threads()), PassTimes(kind_of(model)))
             if found.branching != "none":
                 _time(EagerTarget(model, found.branching, times))
-            _known[model] = (state, found, times, threading.RLock(), fingerprint(model))
+            _known[model] = (state, found, times, threading.RLock(), mark)
         return PreparedModel(model, *_known[model][1:])
 
 
