@@ -22,10 +22,20 @@ head over a whole prompt would not."""
 class Decoder:
     """Emits what the target model alone would emit, several tokens per pass where its drafter guesses well."""
 
-    def __init__(self, target: TargetModel, drafter: Drafter, *, width: int | None = None, successors: int = 0) -> None:
+    def __init__(
+        self,
+        target: TargetModel,
+        drafter: Drafter,
+        *,
+        width: int | None = None,
+        successors: int = 0,
+        prefill_drafts: bool = True,
+    ) -> None:
         """`width`: nodes of every draft at most, root included; None: as many as pay by the target's own pass times.
-        `successors`: how many of the likeliest tokens after each node the drafter gets to see."""
-        self.target, self.drafter, self.width, self._successors = target, drafter, width, successors
+        `successors`: how many of the likeliest tokens after each node the drafter gets to see. `prefill_drafts`:
+        whether the pass over the prompt carries a draft."""
+        self.target, self.drafter, self.width = target, drafter, width
+        self._successors, self._prefill_drafts = successors, prefill_drafts
 
     def rounds(
         self, prompt: Sequence[int], sampler: Chooser, *, limit: int, end_token_ids: Collection[int] = ()
@@ -36,7 +46,7 @@ class Decoder:
         """
         context, left = list(prompt), limit
         self.drafter.open(context)
-        draft = self._draft(context, left, self.target.prefill_branching)
+        draft = self._draft(context, left, self.target.prefill_branching if self._prefill_drafts else "none")
         logits = self.target.prefill(context, draft, PROMPT_POSITIONS if self._successors else 0)
         read, logits = self._read(context, logits[: -draft.width]), logits[-draft.width :]
         while True:
@@ -50,7 +60,7 @@ class Decoder:
             self.drafter.learn(round)
             yield round
             read = ()
-            if not left or context[-1] in end_token_ids:
+            if not left or (accepted.token_ids and accepted.token_ids[-1] in end_token_ids):
                 return
             # A choice that was left open is decided by a pass over its token alone.
             branching = self.target.branching if accepted.token_ids else "none"

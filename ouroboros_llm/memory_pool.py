@@ -157,7 +157,7 @@ class MemoryPool:
         for number, key in enumerate(shelf.keys):
             if shelf.counts[number]:
                 self._tokens -= shelf.lengths[number]
-                del self._runs[key]
+                self._runs.pop(key, None)
 
 
 class _Shelf:

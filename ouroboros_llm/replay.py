@@ -23,6 +23,9 @@ from .target.pass_times import PRIOR_COSTS, WIDTHS
 from .traces import Trace
 from .verification import accept
 
+RECORDED = 256
+"""Tokens that `record` lets an answer have unless told otherwise."""
+
 REPLAYED = ("phrases", "recycling")
 """The drafters that need no model."""
 
@@ -112,7 +115,9 @@ def rounds(trace: Trace, drafter: Drafter, *, cost: Cost, width: int | None = No
     drafter.open(context)
     while left:
         begin = len(trace.token_ids) - left
-        budget = Budget(width or MAX_WIDTH, left - 1, cost if width is None else None)
+        # Drafts are made as for a model, which does not know where its answer will end.
+        depth = max(RECORDED, len(trace.token_ids)) - begin - 1
+        budget = Budget(width or MAX_WIDTH, depth, cost if width is None else None)
         draft = fit(drafter.draft(context, budget), context[-1], budget, "tree")
         recorded = trace.token_ids[begin:]
         accepted = accept(draft, lambda _, emitted: recorded[len(emitted)], limit=left, end_token_ids=())  # noqa: B023
@@ -142,7 +147,10 @@ def _successors(draft: DraftTree, trace: Trace, begin: int) -> tuple[Successors,
     for node, token_id in enumerate(likeliest):
         place = begin + draft.depths[node]
         known = token_id >= 0 and place < len(trace.top_ids) and place < len(trace.top_probs)
-        found.append(tuple(zip(trace.top_ids[place], trace.top_probs[place], strict=False)) if known else ())
+        # Among themselves, as the decoder tells them.
+        total = sum(trace.top_probs[place]) if known else 0.0
+        chances = [chance / total for chance in trace.top_probs[place]] if total else []
+        found.append(tuple(zip(trace.top_ids[place], chances, strict=False)) if known else ())
     return tuple(found)
 
 

@@ -100,7 +100,7 @@ class Tally:
             drafted_tokens=self._drafted,
             accepted_tokens=self._accepted.total(),
             accepted_by_source=dict(self._accepted),
-            origins=tuple(self._origins),
+            origins=tuple(self._origins[:completion_tokens]),
             draft_forwards=draft_forwards,
             seconds=self.seconds,
         )

@@ -12,7 +12,7 @@ from .draft_tree import MAX_WIDTH
 from .drafting import lookahead
 from .drafting.base import Drafter, Round, Source
 from .drafting.blend import Blend
-from .drafting.draft_model import DraftModel, DraftModelDrafter
+from .drafting.draft_model import ALTERNATIVES, DraftModel, DraftModelDrafter
 from .drafting.memory import sources
 from .drafting.names import DEFAULT_DRAFTERS
 from .drafting.phrases import PhraseSource, RunningText
@@ -66,10 +66,17 @@ class Turn:
             tail = self._transcript.flush()
         finally:
             self._write.add(self._transcript.token_ids)
-            self._session.memory.remember(self._write, self._prepared.fingerprint)
-            if self._draft is not None:
-                self._session.draft_memory.remember(self._write, self._draft.fingerprint)
+            self._remember()
         yield Piece(tail, (), self._result(cached))
+
+    def _remember(self) -> None:
+        """Keep what was learned with the scope, unless that was deleted meanwhile."""
+        session = self._session
+        if getattr(self._write, "generation", None) != session.generation:
+            return
+        session.memory.remember(self._write, self._prepared.fingerprint)
+        if self._draft is not None:
+            session.draft_memory.remember(self._write, self._draft.fingerprint)
 
     def _rounds(self) -> Iterator[Round]:
         options = self._options
@@ -77,7 +84,14 @@ class Turn:
         if options.exact and not options.greedy:
             # Rounding moves more than near-ties: probabilities, and which tokens survive a cut-off.
             width = 1
-        decoder = Decoder(self._workspace.target, self._drafter, width=width, successors=KEPT)
+        decoder = Decoder(
+            self._workspace.target,
+            self._drafter,
+            width=width,
+            successors=KEPT if "recycling" in self._names and width != 1 else 0,
+            # A pass with a draft reads the prompt through another kernel, which rounds it differently.
+            prefill_drafts=not options.exact,
+        )
         sampler = sampler_for(
             self._prepared.model, self._options, len(self._prompt_ids), self._limit, self._prepared.probe.margin
         )
@@ -92,8 +106,12 @@ class Turn:
             self._tally.add(round)
         return round
 
+    @property
+    def _names(self) -> Sequence[str]:
+        return DEFAULT_DRAFTERS if self._options.drafters is None else self._options.drafters
+
     def _blend(self, read: Sequence[PhrasePool], documents: PhrasePool | None) -> tuple[Drafter, DraftModel | None]:
-        names = DEFAULT_DRAFTERS if self._options.drafters is None else self._options.drafters
+        names = self._names
         memory, text = self._session.memory, RunningText()
         sampling = not self._options.greedy
         found = sources(names, memory, text=text, write=self._write, read=read, documents=documents, sampling=sampling)
@@ -107,7 +125,7 @@ class Turn:
             pass_seconds=lambda: self._prepared.pass_times.one,
             worth=self._session.draft_worth,
         )
-        return self._paying(drafter), model
+        return drafter, model
 
     def _paying(self, drafter: Drafter) -> Drafter:
         return PayingDrafter(drafter, lambda: self._prepared.pass_times.one, self._session.worth)
@@ -118,10 +136,10 @@ class Turn:
         """The draft model reads the same phrases; what the target makes of its drafts flows back through them."""
         memory = self._session.draft_memory
         shared = PhraseSource("text", text.pool, after="prompt")
-        own = sources(names, memory, text=shared, write=self._write, read=read, learns=False)
+        own = sources(names, memory, text=shared, write=self._write, read=read, learns=False, after="prompt")
         drafter = self._with_window(names, Blend([*self._window_phrases(names), *own], memory.calibration))
         return DraftModel(
-            Decoder(target, drafter, successors=KEPT),
+            Decoder(target, drafter, successors=ALTERNATIVES),
             self._session.memory.calibration,
             end_token_ids=self._end_token_ids,
             context_length=self._draft.context_length if self._draft else None,

@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -267,13 +268,43 @@ def test_a_store_that_breaks_costs_speed_not_answers(error: Exception) -> None:
 def test_a_deleted_scope_leaves_nothing_in_memory() -> None:
     store = PhraseStore("sqlite://")
     with Ouroboros(tiny_model(), byte_tokenizer(), store=store) as ouroboros:
-        cold = ouroboros.generate(PROMPT, scope="c", options=OPTIONS)
-        assert ouroboros.generate(PROMPT, scope="c", options=OPTIONS).usage.cached_tokens > 0
+        # Of a fixed width, so that measured pass times have no say.
+        options = DecodingOptions(max_new_tokens=40, max_draft_tokens=12)
+        cold = ouroboros.generate(PROMPT, scope="c", options=options)
+        assert ouroboros.generate(PROMPT, scope="c", options=options).usage.cached_tokens > 0
         store.delete("c")
-        again = ouroboros.generate(PROMPT, scope="c", options=OPTIONS)
+        again = ouroboros.generate(PROMPT, scope="c", options=options)
         assert again.usage.cached_tokens == 0
         assert again.statistics.target_forwards == cold.statistics.target_forwards
     store.close()
+
+
+def test_what_was_learned_goes_with_its_scope_even_in_the_middle_of_a_turn() -> None:
+    with PhraseStore("sqlite://") as store, Ouroboros(tiny_model(), byte_tokenizer(), store=store) as ouroboros:
+        ouroboros.generate(PROMPT, scope="c", options=OPTIONS)
+        pool = store.open("c", fingerprint=ouroboros.fingerprint)
+        assert pool.recall("")
+        stream = ouroboros.stream(PROMPT, scope="c", options=OPTIONS)
+        next(stream)
+        store.delete("c")
+        list(stream)
+        assert pool.recall("") == {}
+
+
+def test_what_was_learned_is_there_for_the_next_process(tmp_path: Path) -> None:
+    url, before = f"sqlite:///{tmp_path}/phrases.db", b""
+    for number in range(2):
+        with Ouroboros(tiny_model(), byte_tokenizer(), store=url) as ouroboros:
+            ouroboros.generate(PROMPT, scope="c", options=OPTIONS)
+            session = ouroboros._sessions.open("c")
+            if number:
+                assert session.memory.calibration.to_bytes() != before  # it went on from there
+            before = session.memory.calibration.to_bytes()
+            learned = ouroboros.store.open("c", fingerprint=ouroboros.fingerprint).recall("")
+            assert learned[f"{ouroboros._prepared.fingerprint}/calibration"] == before
+            # Another scope knows nothing of it.
+            ouroboros.generate(PROMPT, scope="d", options=DecodingOptions(max_new_tokens=1))
+            assert len(ouroboros._sessions.open("d").memory.successors) < len(session.memory.successors)
 
 
 def test_models_without_rewinding_keep_no_states() -> None:

@@ -95,11 +95,13 @@ class Calibration:
         try:
             kept: dict[str, Any] = json.loads(data)
             if kept["version"] == 1:
-                calibration._counts = {tuple(key): (float(hits), float(trials)) for key, hits, trials in kept["counts"]}
+                calibration._counts = {
+                    tuple(key): (max(0.0, float(hits)), max(0.0, float(trials))) for key, hits, trials in kept["counts"]
+                }
                 for (names, length), weights in kept["weights"]:
                     if len(calibration.weights((names, length))) == len(weights):
                         calibration._weights[names, length] = [float(weight) for weight in weights]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return cls()
         return calibration
 

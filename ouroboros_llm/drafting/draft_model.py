@@ -107,8 +107,10 @@ class DraftModelDrafter:
         """`blend`: has `model` among its sources; `pass_seconds`: what a pass of the target takes; `worth`: what
         drafting has cost and brought so far."""
         self.model, self._blend, self._pass_seconds, self._worth = model, blend, pass_seconds, worth or Worth()
+        self._asked = False
 
     def open(self, context: Sequence[int]) -> None:
+        self._asked = False
         self._blend.open(context)
 
     def draft(self, context: Sequence[int], budget: Budget) -> DraftTree:
@@ -120,7 +122,10 @@ class DraftModelDrafter:
             return alone
         began = perf_counter()
         self.model.ask(context, min(budget.depth, budget.width - 1))
-        self._worth.spent(perf_counter() - began)
+        if self._asked:
+            # The first time it reads the whole prompt, which says nothing of the times to come.
+            self._worth.spent(perf_counter() - began)
+        self._asked = True
         return self._blend.draft(context, budget)
 
     def learn(self, round: Round) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..phrases import Notebook, PhrasePool
 from .base import Source
@@ -51,6 +52,7 @@ def sources(
     read: Sequence[PhrasePool] = (),
     documents: PhrasePool | None = None,
     learns: bool = True,
+    after: Literal["prompt", "answer"] = "answer",
     sampling: bool = False,
 ) -> list[Source]:
     """The sources that `drafters` name, without the draft model's, the most telling first.
@@ -59,6 +61,7 @@ def sources(
         text: the running text; None: a new one.
         write: the pool of the session's scope; `learns`: whether rejected-but-right runs go there.
         read: pools of further scopes.
+        after: what is looked up in pools of answers, where the text is opened anew in the middle of an answer.
         documents: a pool of texts that answers may quote.
         sampling: whether the target samples.
     """
@@ -66,8 +69,8 @@ def sources(
     if "phrases" in drafters:
         found.append(text or RunningText())
         if write is not None:
-            found.append(PhraseSource("phrases", write, learns=learns))
-        found += [PhraseSource("shared", pool) for pool in read]
+            found.append(PhraseSource("phrases", write, learns=learns, after=after))
+        found += [PhraseSource("shared", pool, after=after) for pool in read]
     if "retrieval" in drafters and documents is not None:
         found.append(PhraseSource("retrieval", documents, after="prompt"))
     if "recycling" in drafters:

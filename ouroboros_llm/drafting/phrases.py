@@ -10,6 +10,8 @@ from ..memory_pool import MemoryPool
 from ..phrases import ANSWER, MATCH_LIMIT, PhrasePool
 from .base import Guess, Guesses, Round
 
+_WINDOW = "lookahead"
+
 _MIN_REJECTED_RUN = 3
 """Shorter runs of a rejected draft say little: one token and the target's next."""
 
@@ -21,10 +23,6 @@ _COUNTS = (2, 3, 5, 9)
 Cursor = tuple[tuple[int, ...], int, int, int]
 """A place in a phrase: its tokens, how many of them are passed, how many tokens before agree, and how often it was
 seen."""
-
-
-# The prior of a guess follows how often such guesses were right on recorded answers to questions, code, mathematics and
-# summaries alike: the only continuation of one matching token in two cases of five, of eight tokens in six of seven.
 
 
 class Branch:
@@ -81,7 +79,7 @@ class PhraseSource:
             for _, _, ahead, seen in cursors:
                 # A longer match is rarer and says more; weights grow as fast as matches of that length get rarer.
                 weight += seen * 4.0 ** min(ahead - 1, 8)
-                length = max(length, ahead - 1)
+                length = max(length, ahead - 1, 1)
                 count += seen
             summary.append((token_id, weight, length, count))
             total += weight
@@ -138,6 +136,8 @@ def rejected_but_right(round: Round) -> list[tuple[int, ...]]:
     draft, rejected = round.draft, set(range(1, round.draft.width)) - set(round.path)
     runs = []
     for node in sorted(rejected):
+        if draft.sources[node] == _WINDOW:
+            continue  # a window stands where its tokens do not belong; it gathers its own runs
         if round.likeliest[draft.parents[node]] == draft.token_ids[node] and draft.parents[node] in rejected:
             continue  # the run that started above goes through here
         run, at = [draft.token_ids[node]], node

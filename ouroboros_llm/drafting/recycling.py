@@ -55,7 +55,8 @@ class SuccessorTable:
         means = {other: probability * (seen - 1) / seen for other, probability in self._successors.get(token_id, ())}
         for other, probability in successors[:KEPT]:
             means[other] = means.get(other, 0.0) + probability / seen
-        self._put(token_id, tuple(sorted(means.items(), key=lambda pair: -pair[1])[:KEPT]))
+        likeliest = sorted(means.items(), key=lambda pair: -pair[1])[:KEPT]
+        self._put(token_id, tuple(pair for pair in likeliest if pair[1] >= _MIN_PROBABILITY))
         self._seen[token_id] = seen
 
     def take_changed(self) -> dict[int, bytes]:
@@ -67,7 +68,9 @@ class SuccessorTable:
     def load(self, kept: Mapping[int, bytes]) -> None:
         """Take in what `take_changed` gave before."""
         for token_id, data in kept.items():
-            self._put(token_id, decode(data))
+            if successors := decode(data):
+                self._put(token_id, successors)
+                self._seen[token_id] = 1
         self._changed.clear()
 
     def _put(self, token_id: int, successors: Successors) -> None:

@@ -50,16 +50,19 @@ class PayingDrafter:
         """`pass_seconds`: what a pass over one token takes; `worth`: what drafts have cost and brought so far."""
         self._inner, self._pass_seconds = inner, pass_seconds
         self._worth = worth or Worth(memory=64, retry=8)
-        self._judged = False
+        self._judged = self._opened = False
 
     def open(self, context: Sequence[int]) -> None:
+        self._opened = True
         self._inner.open(context)
 
     def draft(self, context: Sequence[int], budget: Budget) -> DraftTree:
         seconds, self._judged = self._pass_seconds(), False
         if budget.cost is None or seconds is None:
             return self._inner.draft(context, budget)
-        if not self._worth.pays(1.0, seconds):
+        # The first draft of a text, which may be all of a short answer, is always made.
+        first, self._opened = self._opened, False
+        if not first and not self._worth.pays(1.0, seconds):
             return DraftTree.root(context[-1])
         began = perf_counter()
         draft = self._inner.draft(context, budget)

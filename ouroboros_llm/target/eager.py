@@ -90,6 +90,8 @@ class EagerTarget:
         if not self.cache.can_rewind:
             return 0
         limit = min(len(self.token_ids), len(token_ids) - 1)
+        if self.token_ids[:limit] == list(token_ids[:limit]):
+            return limit
         return next((i for i in range(limit) if self.token_ids[i] != token_ids[i]), limit)
 
     @torch.inference_mode()

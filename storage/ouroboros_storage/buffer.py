@@ -88,7 +88,10 @@ class Buffer:
 
 
 class NoteBuffer:
-    """The notes of scopes since the last flush, the last one of each name. Thread-safe."""
+    """The notes of scopes since the last flush, the last one of each name, bounded in number: the notes of whole scopes
+    go first. Thread-safe."""
+
+    _CAPACITY = 200_000
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -97,6 +100,7 @@ class NoteBuffer:
     def add(self, key: ScopeKey, notes: Mapping[str, bytes]) -> None:
         with self._lock:
             self._notes.setdefault(key, {}).update(notes)
+            self._evict()
 
     def take(self) -> dict[ScopeKey, dict[str, bytes]]:
         """Everything; the buffer is empty afterwards."""
@@ -109,6 +113,7 @@ class NoteBuffer:
         with self._lock:
             for key, notes in taken.items():
                 self._notes[key] = {**notes, **self._notes.get(key, {})}
+            self._evict()
 
     def notes(self, key: ScopeKey) -> dict[str, bytes]:
         with self._lock:
@@ -119,3 +124,7 @@ class NoteBuffer:
         with self._lock:
             for key in [key for key in self._notes if key.scope == scope]:
                 del self._notes[key]
+
+    def _evict(self) -> None:
+        while len(self._notes) > 1 and sum(map(len, self._notes.values())) > self._CAPACITY:
+            del self._notes[next(iter(self._notes))]

@@ -23,6 +23,8 @@ class StoredPool:
         """Tokens kept in memory at most."""
         self.newest_read = 0
         """The highest id there was when rows were read."""
+        self.notes_read = False
+        """Whether the scope's notes are in memory."""
         self.generation = object()
         """Another one after the scope was deleted, so that what was built on its phrases can go too."""
         self._scope_id: int | None = None
@@ -78,8 +80,9 @@ class StoredPool:
         self._memory.add_all(Run(decode(data), run.count, run.answer) for data, run in found)
 
     def load_notes(self, notes: Mapping[str, bytes]) -> None:
-        """Take in what the database and the buffer hold."""
-        self._memory.remember(notes)
+        """Take in what the database and the buffer hold, but for what is newer here."""
+        self._memory.remember({**notes, **self._memory.recall("")})
+        self.notes_read = True
 
     def mark_flushed(self, found: Iterable[bytes], scope_id: int) -> None:
         """These runs are rows of the scope now, and no news."""
@@ -89,6 +92,6 @@ class StoredPool:
     def forget(self) -> None:
         """Drop everything from memory."""
         self._memory = MemoryPool(self.capacity)
-        self.generation = object()
+        self.generation, self.notes_read = object(), False
         self._flushed.clear()
         self._scope_id = None

@@ -97,14 +97,15 @@ def upsert(
     notes: Mapping[ScopeKey, Mapping[str, bytes]],
 ) -> dict[ScopeKey, int]:
     """Write runs by their encoded token ids; a run already there counts up. The empty run makes its scope exist.
-    Notes go to scopes that runs are written to.
+    So do notes.
 
     Returns the id of each scope.
 
     Rows go in the order of their keys, so that two writers wait for each other instead of deadlocking.
     """
     scope_ids: dict[ScopeKey, int] = {}
-    for key, found in sorted(pending.items()):
+    for key in sorted({*pending, *notes}):
+        found = pending.get(key) or {b"": PendingRun(1, now := time_ns() // 1000, now)}
         scope_ids[key] = scope_id = _upsert_scope(connection, key, list(found.values()))
         rows = [_row(scope_id, data, run) for data, run in found.items() if data]
         if rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 from weakref import WeakValueDictionary
@@ -94,7 +94,8 @@ class PhraseStore:
                 pool = self._pools[key] = StoredPool(key, self._buffer, self._notes, self._capacity)
             if not self._read(pool) or fresh:
                 pool.load_pending(self._buffer.runs(key))
-                pool.load_notes({**self._read_notes(key), **self._notes.notes(key)})
+            if not pool.notes_read:
+                self._read_notes(pool)
             self._keep(pool)
             return pool
 
@@ -173,12 +174,12 @@ class PhraseStore:
             self._warn("read", error)
         return known
 
-    def _read_notes(self, key: ScopeKey) -> Mapping[str, bytes]:
+    def _read_notes(self, pool: StoredPool) -> None:
         try:
-            return self._database.read(partial(rows.read_notes, key=key), patient=not self._failing)
+            found = self._database.read(partial(rows.read_notes, key=pool.key), patient=not self._failing)
+            pool.load_notes({**found, **self._notes.notes(pool.key)})
         except DATABASE_ERRORS as error:
             self._warn("read", error)
-            return {}
 
     def _write(self, *, patient: bool) -> None:
         pending, notes = self._buffer.take(), self._notes.take()
