@@ -46,7 +46,9 @@ class Decoder:
         """
         context, left = list(prompt), limit
         self.drafter.open(context)
-        draft = self._draft(context, left, self.target.prefill_branching if self._prefill_drafts else "none")
+        draft = self._draft(
+            context, left, self.target.prefill_branching if self._prefill_drafts else "none", end_token_ids
+        )
         logits = self.target.prefill(context, draft, PROMPT_POSITIONS if self._successors else 0)
         read, logits = self._read(context, logits[: -draft.width]), logits[-draft.width :]
         while True:
@@ -64,7 +66,7 @@ class Decoder:
                 return
             # A choice that was left open is decided by a pass over its token alone.
             branching = self.target.branching if accepted.token_ids else "none"
-            draft = self._draft(context, left, branching)
+            draft = self._draft(context, left, branching, end_token_ids)
             logits = self.target.verify(draft)
 
     def _read(self, context: Sequence[int], logits: torch.Tensor) -> tuple[tuple[int, Successors], ...]:
@@ -72,9 +74,12 @@ class Decoder:
         _, successors = likeliest_tokens(logits, self._successors) if len(logits) else ([], ())
         return tuple(zip(context[-1 - len(logits) : -1], successors, strict=False))
 
-    def _draft(self, context: Sequence[int], left: int, branching: Branching) -> DraftTree:
+    def _draft(
+        self, context: Sequence[int], left: int, branching: Branching, end_token_ids: Collection[int]
+    ) -> DraftTree:
         width = MAX_WIDTH if self.width is None else self.width
-        budget = Budget(width, depth=left - 1, cost=self.target.cost if self.width is None else None)
+        cost = self.target.cost if self.width is None else None
+        budget = Budget(width, left - 1, cost, end_token_ids)
         if branching == "none" or min(width - 1, budget.depth) < 1:
             return DraftTree.root(context[-1])
         return fit(self.drafter.draft(context, budget), context[-1], budget, branching)

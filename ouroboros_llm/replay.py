@@ -7,7 +7,7 @@ recycling look weaker than they are; draft models and lookahead, which need a mo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,8 @@ from .verification import accept
 
 RECORDED = 256
 """Tokens that `record` lets an answer have unless told otherwise."""
+
+_SEVERAL = 3
 
 REPLAYED = ("phrases", "recycling")
 """The drafters that need no model."""
@@ -96,20 +98,35 @@ def replay(
         cold: whether every answer begins without a memory of those before it.
         passes: how often all traces are gone over, with the memory of the passes before.
     """
-    history = History(drafters)
+    history, ends = History(drafters), end_tokens(traces)
     for _ in range(passes):
         scores: dict[str, Score] = {}
         for trace in traces:
             if cold:
                 history = History(drafters)
             score = scores.setdefault(trace.category, Score())
-            for round in rounds(trace, history.drafter(), cost=cost, width=width):
+            for round in rounds(trace, history.drafter(), cost=cost, width=width, end_token_ids=ends):
                 score.add(round, cost)
             history.remember(trace)
         yield scores
 
 
-def rounds(trace: Trace, drafter: Drafter, *, cost: Cost, width: int | None = None) -> Iterator[Round]:
+def end_tokens(traces: Sequence[Trace]) -> set[int]:
+    """What ends the model's answers, which a decoder knows and traces do not say: tokens that end several of them and
+    stand nowhere else in any."""
+    last = Counter(trace.token_ids[-1] for trace in traces if trace.token_ids)
+    inside = {token_id for trace in traces for token_id in trace.token_ids[:-1]}
+    return {token_id for token_id, count in last.items() if count >= _SEVERAL and token_id not in inside}
+
+
+def rounds(
+    trace: Trace,
+    drafter: Drafter,
+    *,
+    cost: Cost,
+    width: int | None = None,
+    end_token_ids: Collection[int] = (),
+) -> Iterator[Round]:
     """The rounds in which `drafter` would have had a trace's answer verified; the first is the prefill."""
     context, left = list(trace.prompt_ids), len(trace.token_ids)
     drafter.open(context)
@@ -117,7 +134,7 @@ def rounds(trace: Trace, drafter: Drafter, *, cost: Cost, width: int | None = No
         begin = len(trace.token_ids) - left
         # Drafts are made as for a model, which does not know where its answer will end.
         depth = max(RECORDED, len(trace.token_ids)) - begin - 1
-        budget = Budget(width or MAX_WIDTH, depth, cost if width is None else None)
+        budget = Budget(width or MAX_WIDTH, depth, cost if width is None else None, end_token_ids)
         draft = fit(drafter.draft(context, budget), context[-1], budget, "tree")
         recorded = trace.token_ids[begin:]
         accepted = accept(draft, lambda _, emitted: recorded[len(emitted)], limit=left, end_token_ids=())  # noqa: B023

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -22,6 +22,8 @@ class Budget:
     """Tokens that the text may still grow by drafts: deeper nodes could never be emitted."""
     cost: Callable[[int], float] | None = None
     """Time of a pass by width, in units of a pass over one token; None: fill the width."""
+    end_token_ids: Collection[int] = ()
+    """Tokens that end the text: nothing comes after them."""
 
 
 @dataclass(frozen=True, slots=True)

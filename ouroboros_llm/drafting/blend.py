@@ -47,7 +47,8 @@ class Blend:
         states = [source.start(context) for source in self.sources]
         pushed = 0
         while True:
-            if depths[node] < budget.depth:
+            ends = node > 0 and builder.token_ids[node] in budget.end_token_ids
+            if depths[node] < budget.depth and not ends:
                 path_chance = builder.path_chances[node]
                 for token_id, source, estimate in self._estimates(states):
                     if path_chance * estimate.chance > _MIN_PATH_CHANCE:
