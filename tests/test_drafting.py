@@ -190,6 +190,13 @@ class TestRecycling:
             source.learn(Round(DraftTree.root(1), (7,), (0,), (7,), (successors,)))
         assert dict(source.table.get(1)) == pytest.approx({7: 0.6, 8: 0.1, 9: 0.3})
 
+    def test_averages_go_on_from_what_was_kept(self) -> None:
+        table, other = SuccessorTable(), SuccessorTable()
+        table.average(1, ((7, 0.8), (8, 0.2)))
+        other.load(table.take_changed())
+        other.average(1, ((7, 0.4), (9, 0.6)))
+        assert dict(other.get(1)) == pytest.approx({7: 0.6, 8: 0.1, 9: 0.3})
+
     def test_the_table_is_bounded(self) -> None:
         table = SuccessorTable(capacity=3)
         for token_id in (1, 2, 3, 1, 4):

@@ -255,6 +255,27 @@ def test_exact_decides_near_ties_as_plain_decoding_does() -> None:
     assert output(blend(pool), 0.2) == alone
 
 
+def test_a_choice_left_open_after_a_prompt_that_ends_in_an_end_token_is_made() -> None:
+    def logits_after(text: tuple[int, ...]) -> torch.Tensor:
+        logits = torch.zeros(20)
+        logits[len(text) % 7 + 5], logits[3] = 5.0, 4.99  # a near-tie everywhere
+        return logits
+
+    pool = MemoryPool()
+    pool.add([9, 8, 7, 6, 5])
+    target = RoundingTarget(logits_after)
+    rounds = Decoder(target, blend(write=pool), width=8).rounds([1, 2], Sampler(margin=0.2), limit=4, end_token_ids={2})
+    assert sum(len(round.token_ids) for round in rounds) == 4
+
+
+def test_nothing_is_drafted_behind_an_end_token() -> None:
+    pool = MemoryPool()
+    pool.add([5, 6, 2, 7, 8, 9])
+    target = ScriptedTarget(lambda text: torch.eye(20)[4])
+    first = next(Decoder(target, blend(pool), width=20).rounds([1, 5], Sampler(), limit=9, end_token_ids={2}))
+    assert 2 in first.draft.token_ids and 7 not in first.draft.token_ids
+
+
 def test_models_without_rewinding_warn_and_decode_plainly() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

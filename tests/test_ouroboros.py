@@ -46,6 +46,16 @@ def test_results_say_what_happened(tiny_ouroboros: Ouroboros) -> None:
     assert statistics.seconds > 0
 
 
+def test_origins_are_as_many_as_tokens(tiny_ouroboros: Ouroboros) -> None:
+    text = tiny_ouroboros.generate(PROMPT, scope="a", options=OPTIONS).text
+    stop = next(text[i : i + 2] for i in range(8, 30) if text[i : i + 2].isprintable())
+    for _ in range(2):
+        options = DecodingOptions(max_new_tokens=40, stop=(stop,))
+        result = tiny_ouroboros.generate(PROMPT, scope="a", options=options)
+        assert result.finish_reason == "stop"
+        assert len(result.statistics.origins) == len(result.token_ids)
+
+
 def test_warm_is_faster_than_cold(tiny_ouroboros: Ouroboros) -> None:
     cold = tiny_ouroboros.generate(PROMPT, scope="agent:a", options=OPTIONS)
     warm = tiny_ouroboros.generate(PROMPT, scope="agent:a", options=OPTIONS)

@@ -17,6 +17,7 @@ from uuid import uuid4
 
 import pytest
 from sqlalchemy import StaticPool, create_engine, event, inspect, make_url, text
+from sqlalchemy.exc import OperationalError
 
 from ouroboros_llm.errors import MissingExtraError, OptionError, StoreError
 from ouroboros_llm.phrases import ANSWER, Phrase, PoolSource
@@ -778,6 +779,36 @@ def test_notes_wait_for_a_database_that_comes_back(url: str, impatient: None) ->
         store.flush()
     with PhraseStore(url) as store:
         assert store.open("a", fingerprint="f").recall("") == {"m/1": b"x", "m/2": b"y"}
+
+
+def test_notes_without_a_run_beside_them_are_kept(url: str) -> None:
+    """As when another thread's flush takes the run between the two."""
+    with PhraseStore(url) as store:
+        pool = store.open("a", fingerprint="f")
+        pool.remember({"m/1": b"x"})
+        store._buffer.take()
+        store.flush()
+    with PhraseStore(url) as store:
+        assert store.open("a", fingerprint="f").recall("m/") == {"m/1": b"x"}
+
+
+def test_notes_that_could_not_be_read_come_with_the_next_opening(
+    url: str, monkeypatch: pytest.MonkeyPatch, impatient: None
+) -> None:
+    with PhraseStore(url) as store:
+        store.open("a", fingerprint="f").remember({"m/1": b"x", "m/2": b"x"})
+    with PhraseStore(url) as store:
+        with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="cannot be read"):
+            patch.setattr("ouroboros_storage.rows.read_notes", broken)
+            pool = store.open("a", fingerprint="f")
+        assert pool.recall("") == {}
+        pool.remember({"m/2": b"newer"})
+        assert store.open("a", fingerprint="f") is pool
+        assert pool.recall("") == {"m/1": b"x", "m/2": b"newer"}
+
+
+def broken(connection: object, key: object) -> dict[str, bytes]:
+    raise OperationalError("SELECT", {}, Exception("disk I/O error"))
 
 
 def test_a_database_of_the_first_version_is_brought_up_to_date(url: str) -> None:
