@@ -92,7 +92,7 @@ def test_dear_passes_make_narrow_drafts() -> None:
 @given(st.lists(st.floats(0, 1), max_size=63), st.floats(0, 1), st.floats(0, 0.1))
 def test_the_best_width_is_the_best(chances: list[float], slope: float, curve: float) -> None:
     chances = sorted(chances, reverse=True)
-    budget = Budget(64, 64, cost=lambda width: 1 + slope * (width - 1) + curve * (width > 20) * (width - 20))
+    budget = Budget(64, 64, cost=lambda width: 1 + slope * (width - 1) + curve * (width > 16) * (width - 16))
     rates = [(1 + sum(chances[: width - 1])) / budget.cost(width) for width in range(1, len(chances) + 2)]
     choice = WidthChoice(budget)
     for chance in chances:

@@ -16,7 +16,8 @@ class WidthChoice:
     """
 
     def __init__(self, budget: Budget) -> None:
-        """`budget`: its `cost` says what a pass takes. Without one, all guesses are worth it."""
+        """`budget`: its `cost` says what a pass takes, linear between powers of two. Without
+        one, all guesses are worth it."""
         self.best = 1
         """The width that promises most, root included."""
         self._cost, self._limit = budget.cost, budget.width
