@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from .draft_tree import MAX_WIDTH, DraftTree
@@ -13,6 +13,9 @@ from .verification import Chooser, accept
 if TYPE_CHECKING:
     import torch
 
+
+Cost = Callable[[int], float]
+"""Time of a pass by width, in units of a pass over one token."""
 
 PROMPT_POSITIONS = 8
 """Tokens at the end of a prompt whose successors are looked at. Reading the output head once, they come for free; the
@@ -46,9 +49,8 @@ class Decoder:
         """
         context, left = list(prompt), limit
         self.drafter.open(context)
-        draft = self._draft(
-            context, left, self.target.prefill_branching if self._prefill_drafts else "none", end_token_ids
-        )
+        branching = self.target.prefill_branching if self._prefill_drafts else "none"
+        draft = self._draft(context, left, branching, end_token_ids, prefill_cost(self.target.cost))
         logits = self.target.prefill(context, draft, PROMPT_POSITIONS if self._successors else 0)
         read, logits = self._read(context, logits[: -draft.width]), logits[-draft.width :]
         while True:
@@ -66,7 +68,7 @@ class Decoder:
                 return
             # A choice that was left open is decided by a pass over its token alone.
             branching = self.target.branching if accepted.token_ids else "none"
-            draft = self._draft(context, left, branching, end_token_ids)
+            draft = self._draft(context, left, branching, end_token_ids, self.target.cost)
             logits = self.target.verify(draft)
 
     def _read(self, context: Sequence[int], logits: torch.Tensor) -> tuple[tuple[int, Successors], ...]:
@@ -75,14 +77,20 @@ class Decoder:
         return tuple(zip(context[-1 - len(logits) : -1], successors, strict=False))
 
     def _draft(
-        self, context: Sequence[int], left: int, branching: Branching, end_token_ids: Collection[int]
+        self, context: Sequence[int], left: int, branching: Branching, end_token_ids: Collection[int], cost: Cost
     ) -> DraftTree:
         width = MAX_WIDTH if self.width is None else self.width
-        cost = self.target.cost if self.width is None else None
-        budget = Budget(width, left - 1, cost, end_token_ids)
+        budget = Budget(width, left - 1, cost if self.width is None else None, end_token_ids)
         if branching == "none" or min(width - 1, budget.depth) < 1:
             return DraftTree.root(context[-1])
         return fit(self.drafter.draft(context, budget), context[-1], budget, branching)
+
+
+def prefill_cost(cost: Cost) -> Cost:
+    """What a draft costs in the pass over a prompt: its tokens fill the pass already, so every node takes as long as
+    the last ones of the widest draft do in a pass of their own."""
+    slope = (cost(MAX_WIDTH) - cost(MAX_WIDTH // 2)) / (MAX_WIDTH // 2)
+    return lambda width: 1 + slope * (width - 1)
 
 
 def likeliest_tokens(logits: torch.Tensor, count: int) -> tuple[list[int], tuple[Successors, ...]]:

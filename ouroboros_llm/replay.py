@@ -7,13 +7,13 @@ recycling look weaker than they are; draft models and lookahead, which need a mo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from .decoder import fit
+from .decoder import Cost, fit
 from .draft_tree import MAX_WIDTH, DraftTree
 from .drafting.base import Budget, Drafter, Round, Successors
 from .drafting.blend import Blend
@@ -30,8 +30,6 @@ _SEVERAL = 3
 
 REPLAYED = ("phrases", "recycling")
 """The drafters that need no model."""
-
-Cost = Callable[[int], float]
 
 
 @dataclass

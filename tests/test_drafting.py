@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ouroboros_llm import MemoryPool
+from ouroboros_llm.decoder import prefill_cost
 from ouroboros_llm.draft_tree import DraftTree
 from ouroboros_llm.drafting.base import Budget, Drafter, NoDrafts, Round
 from ouroboros_llm.drafting.blend import Blend
@@ -99,6 +100,12 @@ def test_the_best_width_is_the_best(chances: list[float], slope: float, curve: f
         if not choice.add(chance):
             break
     assert rates[choice.best - 1] == pytest.approx(max(rates))
+
+
+def test_nodes_beside_a_prompt_cost_what_the_last_ones_of_a_wide_draft_do() -> None:
+    """A decoding pass waits for memory, so its first nodes are nearly free; a prefill does not wait."""
+    cost = prefill_cost(lambda width: 1.0 if width <= 32 else 1.0 + (width - 32) / 32)
+    assert [cost(width) for width in (1, 2, 33)] == [1.0, 1 + 1 / 32, 2.0]
 
 
 def judged(estimate: Estimate, hit: bool) -> Round:
