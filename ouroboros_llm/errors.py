@@ -9,6 +9,7 @@
     * ModelDownloadError: the weights cannot be had
     * TokenizerMismatchError: draft and target models do not share a vocabulary
   * StoreError: a phrase store cannot be used
+    * StoreUnavailableError: its database does not answer now, but may later
   * MissingExtraError (also ImportError): an optional dependency is not installed
 """
 
@@ -47,6 +48,10 @@ class TokenizerMismatchError(ModelError):
 
 class StoreError(OuroborosError):
     """A phrase store cannot be opened or used."""
+
+
+class StoreUnavailableError(StoreError):
+    """The database of a phrase store does not answer now: locked, stopped, full. Later it may."""
 
 
 class MissingExtraError(OuroborosError, ImportError):

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from importlib.metadata import entry_points
 from typing import Any
 
-from .errors import MissingExtraError, StoreError
+from .errors import MissingExtraError, StoreError, StoreUnavailableError
 from .memory_pool import MemorySource
 from .phrases import PhrasePool, PoolSource
 
 ENTRY_POINTS = "ouroboros_llm.stores"
-"""Entry points of this group are classes that take a URL or an engine and return a `PoolSource`."""
+"""Entry points of this group are classes that take a URL or an engine and make a `PoolSource`; their `setup()` opens
+the database, or raises StoreError."""
 
 
 def open_source(store: Any) -> PoolSource:
     """The pools behind `store`: None is memory, a `PoolSource` is itself, a URL or an engine is opened.
 
-    A store that cannot be opened costs speed, never an answer: one warning, and memory takes its place.
+    A store that cannot be used costs speed, never an answer: one warning, and memory takes its place. One that merely
+    does not answer now is kept, for it gathers what is said until it does.
     """
     if store is None:
         return MemorySource()
     if isinstance(store, PoolSource):
         return store
     try:
-        source: PoolSource = _store_class()(store)
-        return source
+        source: Any = _store_class()(store)
+        # What is merely out of order for now is mentioned when the first pool is opened.
+        with suppress(StoreUnavailableError):
+            source.setup()
+        opened: PoolSource = source
+        return opened
     except (StoreError, MissingExtraError) as error:
         warnings.warn(f"{error}; phrases stay in memory and are forgotten at exit", RuntimeWarning, stacklevel=3)
         return MemorySource()

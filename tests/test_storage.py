@@ -24,7 +24,7 @@ from ouroboros_llm.phrases import ANSWER, Phrase, PoolSource
 from ouroboros_storage import PhraseStore, StoredRun, StoredScope, database, migrations, sqlite_file
 from ouroboros_storage.buffer import Buffer
 from ouroboros_storage.migrations import MIGRATIONS
-from ouroboros_storage.rows import ScopeKey, encode
+from ouroboros_storage.records import ScopeKey, encode
 from ouroboros_storage.tables import metadata
 
 POSTGRES = os.environ.get("OUROBOROS_TEST_POSTGRES", "")
@@ -441,9 +441,12 @@ def test_the_file_and_its_folders_are_made_for_the_owner_only(tmp_path: Path) ->
 
 
 def test_pragmas(url: str) -> None:
-    with PhraseStore(url) as store, store._database.engine.connect() as connection:
+    with PhraseStore(url) as store:
+        store.setup()
+        connection = store._database.engine.connect()
         names = ("journal_mode", "synchronous", "foreign_keys", "secure_delete", "busy_timeout")
         found = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in names]
+        connection.close()
     assert found == ["wal", 1, 1, 1, sqlite_file.BUSY_MILLISECONDS]
 
 
@@ -531,7 +534,8 @@ def test_create_off_makes_nothing(url: str) -> None:
 
 
 def test_migrations_make_the_tables_that_statements_use(any_url: str) -> None:
-    PhraseStore(any_url).close()
+    with PhraseStore(any_url) as store:
+        store.setup()
     engine = create_engine(any_url)
     found = inspect(engine)
     for table in metadata.tables.values():
@@ -547,7 +551,7 @@ def test_a_migration_that_fails_leaves_nothing(any_url: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(migrations, "MIGRATIONS", (broken,))
         with pytest.raises(StoreError, match="syntax error"):
-            PhraseStore(any_url)
+            PhraseStore(any_url).setup()
     remember(any_url, "a", [1, 2, 3])
     assert recall(any_url, "a", [1]) == [(2, 3)]
 
@@ -786,7 +790,7 @@ def test_notes_without_a_run_beside_them_are_kept(url: str) -> None:
     with PhraseStore(url) as store:
         pool = store.open("a", fingerprint="f")
         pool.remember({"m/1": b"x"})
-        store._buffer.take()
+        store._writer.runs.take()
         store.flush()
     with PhraseStore(url) as store:
         assert store.open("a", fingerprint="f").recall("m/") == {"m/1": b"x"}

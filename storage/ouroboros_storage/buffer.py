@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 
-from .rows import PendingRun, ScopeKey
+from .records import PendingRun, ScopeKey
 
 _ENTRY_BYTES = 256
 """What an entry takes beside its token ids, roughly."""
@@ -36,6 +36,11 @@ class Buffer:
             self._put(key, data, PendingRun(1, self._now, self._now, answer))
             self._evict()
 
+    def begin_after(self, last_used: int) -> None:
+        """What is added from now on is later than this, whatever the clock says: it may have been put back."""
+        with self._lock:
+            self._now = max(self._now, last_used)
+
     def take(self) -> dict[ScopeKey, dict[bytes, PendingRun]]:
         """Everything, in the order it was added; the buffer is empty afterwards."""
         with self._lock:
@@ -45,6 +50,11 @@ class Buffer:
             self._runs.clear()
             self._size = 0
             return taken
+
+    def waiting(self, scope: str | None = None) -> int:
+        """How many runs there are, of one scope or in all."""
+        with self._lock:
+            return sum(bool(data) and scope in (None, key.scope) for key, data in self._runs)
 
     def put_back(self, taken: Mapping[ScopeKey, Mapping[bytes, PendingRun]]) -> None:
         """What `take` gave and the database did not."""
@@ -128,3 +138,10 @@ class NoteBuffer:
     def _evict(self) -> None:
         while len(self._notes) > 1 and sum(map(len, self._notes.values())) > self._CAPACITY:
             del self._notes[next(iter(self._notes))]
+
+
+class Nowhere:
+    """Takes what must not be written."""
+
+    def add(self, key: ScopeKey, what: object, *, answer: bool = True) -> None:
+        pass

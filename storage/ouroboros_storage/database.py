@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
-from ouroboros_llm.errors import MissingExtraError, StoreError
+from ouroboros_llm.errors import MissingExtraError, StoreError, StoreUnavailableError
 
 from . import sqlite_file
 from .migrations import BACKENDS, MIGRATIONS, migrate, schema_version
@@ -32,69 +32,141 @@ _PAUSES = (0.1, 0.2, 0.4)
 
 
 class Database:
-    """An engine and what is different between backends. Calls are not thread-safe where an in-memory SQLite is used."""
+    """An engine, what is different between backends, and a file that may be damaged or vanish at any time.
 
-    def __init__(self, engine: Engine, *, owned: bool, file: SqliteFile | None = None) -> None:
-        """`owned`: whether `close` disposes the engine; `file`: what is behind it, where that is ours to look after."""
-        self.engine, self.file, self._owned = engine, file, owned
-        self.name = engine.url.render_as_string(hide_password=True)
-        self._sqlite = engine.dialect.name == "sqlite"
-        self._process = os.getpid()
+    Opened by the first use. Calls are not thread-safe where an in-memory SQLite is used.
+    """
 
-    def read(self, action: Callable[[Connection], Result], *, patient: bool = True) -> Result:
-        return self._attempt(action, patient)
+    def __init__(self, url_or_engine: object, *, create: bool, on_loss: Callable[[bool], None]) -> None:
+        """Look at the arguments only.
 
-    def write(self, action: Callable[[Connection], Result], *, patient: bool = True) -> Result:
-        """Run `action` in one transaction, again from the start where another writer is in the way.
-
-        With `patient` off there is one attempt.
-        """
-
-        def transaction(connection: Connection) -> Result:
-            if self._sqlite:
-                sqlite_file.begin(connection)
-            return action(connection)
-
-        return self._attempt(transaction, patient)
-
-    def autocommit(self, action: Callable[[Connection], Result]) -> Result:
-        """Run `action` outside of any transaction."""
-        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            return action(connection)
-
-    def prepare(self, create: bool) -> None:
-        """Check the database and bring its tables up to date.
+        Args:
+            create: make a file, its folders and the tables where there are none.
+            on_loss: called when a file that was open is replaced by a new one: with True where somebody deleted or
+                exchanged it, with False where it was damaged.
 
         Raises:
-            CorruptFileError: a damaged file.
-            StoreError: a schema of a later version, or one to create with `create` off.
+            StoreError: not a URL or an engine, or no backend of ours. MissingExtraError: PostgreSQL without its driver.
         """
-        version = self.read(self._checked_version)
-        if version > len(MIGRATIONS):
-            raise StoreError(
-                f"store {self.name} has schema version {version}, but this ouroboros-llm knows versions up to "
-                f"{len(MIGRATIONS)}; upgrade ouroboros-llm or choose another database"
-            )
-        if version < len(MIGRATIONS) and not create:
-            raise StoreError(
-                f"store {self.name} needs tables of schema version {len(MIGRATIONS)}, but has version {version} "
-                "(0: none), and create=False; open it once with create=True"
-            )
-        if self.file is not None:
-            self._use_wal()
-        if version < len(MIGRATIONS):
-            self.write(migrate)
+        self._owned = not isinstance(url_or_engine, Engine)
+        self.engine = _checked(url_or_engine) if isinstance(url_or_engine, Engine) else _engine(_parse(url_or_engine))
+        self.name = self.engine.url.render_as_string(hide_password=True)
+        self.file: SqliteFile | None = None
+        self._sqlite = self.engine.dialect.name == "sqlite"
+        if self._owned and self._sqlite and not sqlite_file.in_memory(self.engine.url):
+            self.file = SqliteFile(self.engine.url)
+        self._create, self._on_loss = create, on_loss
+        self._ready = False
+        self._process = os.getpid()
+
+    def setup(self) -> None:
+        """Open, check and migrate, if that is still to be done. A damaged SQLite file is set aside, with a warning.
+
+        Raises:
+            StoreUnavailableError: nothing answers now, but may later.
+            StoreError: nothing there that can be used, or a schema of a later version, which is left as it is.
+        """
+        self._leave_parent()
+        if self._ready and self.file is not None and not self.file.is_same():
+            self._leave_file()
+        if not self._ready:
+            self._open()
+            self._ready = True
+
+    def read(self, action: Callable[[Connection], Result], *, patient: bool = True) -> Result:
+        """Run `action`, again from the start where another connection is in the way; with `patient` off, once.
+
+        Raises the driver's errors, and those of `setup`.
+        """
+        self.setup()
+        return self._replacing_damage(lambda: self._attempt(action, patient))
+
+    def write(self, action: Callable[[Connection], Result], *, patient: bool = True) -> Result:
+        """Like `read`, in a transaction that writes."""
+        return self.read(self._writing(action), patient=patient)
 
     def checkpoint(self) -> bool:
         """Let nothing deleted linger in a write-ahead log; False where another connection is in the way."""
-        return not self._sqlite or self.autocommit(sqlite_file.checkpoint)
+        return not self._sqlite or self._autocommit(sqlite_file.checkpoint)
 
     def close(self) -> None:
         if self._owned:
             self.engine.dispose()
 
+    def _open(self) -> None:
+        if self.file is None:
+            self._prepare(self._create)
+            return
+        self.file.prepare(self._create)
+        try:
+            self._prepare(self._create)
+        except CorruptFileError as error:
+            if not self._may_replace():
+                raise
+            self._set_aside(str(error))
+            self._prepare(self._create)
+        except StoreError:
+            if not self.file.is_frozen():
+                raise
+            self.engine = _engine(self.file.immutable_url())
+            self._prepare(create=False)
+
+    def _prepare(self, create: bool) -> None:
+        """Check the database and bring its tables up to date."""
+        try:
+            version = self._attempt(self._checked_version, patient=True)
+            _check_version(self.name, version, create)
+            if self.file is not None:
+                self._use_wal()
+            if version < len(MIGRATIONS):
+                self._attempt(self._writing(migrate), patient=True)
+        except StoreError:
+            self.close()
+            raise
+        except DATABASE_ERRORS as error:
+            self.close()
+            raise _kind(error)(f"store {self.name} cannot be used: {reason(error)}") from error
+
+    def _leave_file(self) -> None:
+        self.close()
+        self._ready = False
+        warnings.warn(
+            f"{self.name} was deleted or replaced while in use; it is opened anew", RuntimeWarning, stacklevel=5
+        )
+        self._on_loss(True)
+
+    def _replacing_damage(self, action: Callable[[], Result]) -> Result:
+        try:
+            return action()
+        except DBAPIError as error:
+            if _kind(error) is not CorruptFileError or not self._may_replace():
+                raise
+            self._ready = False
+            self._set_aside(f"store {self.name} is damaged: {reason(error)}")
+            self._on_loss(False)
+        self.setup()
+        return action()
+
+    def _may_replace(self) -> bool:
+        return self._create and self.file is not None and not self.file.read_only
+
+    def _set_aside(self, what: str) -> None:
+        assert self.file is not None
+        self.close()
+        warnings.warn(
+            f"{what}; it is kept as {self.file.set_aside()} and a new one started", RuntimeWarning, stacklevel=5
+        )
+        self.file.prepare(create=True)
+
+    def _writing(self, action: Callable[[Connection], Result]) -> Callable[[Connection], Result]:
+        def transaction(connection: Connection) -> Result:
+            if self._sqlite:
+                sqlite_file.begin(connection)
+            return action(connection)
+
+        return transaction
+
     def _attempt(self, action: Callable[[Connection], Result], patient: bool) -> Result:
-        self._leave_parent()
         for pause in _PAUSES if patient else ():
             try:
                 with self.engine.begin() as connection:
@@ -111,7 +183,14 @@ class Database:
         """Whether another attempt makes sense: a lock, a lost connection, or a deadlock that another writer won."""
         if isinstance(error.orig, sqlite3.Error):
             return sqlite_file.is_busy(error.orig)
-        return error.connection_invalidated or isinstance(error, OperationalError)
+        # A server that let us wait for seconds would do so again.
+        timed_out = type(error.orig).__name__ == "ConnectionTimeout"
+        return not timed_out and (error.connection_invalidated or isinstance(error, OperationalError))
+
+    def _autocommit(self, action: Callable[[Connection], Result]) -> Result:
+        """Run `action` outside of any transaction."""
+        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            return action(connection)
 
     def _leave_parent(self) -> None:
         """A forked child must not use its parent's connections."""
@@ -126,39 +205,9 @@ class Database:
 
     def _use_wal(self) -> None:
         try:
-            self.autocommit(sqlite_file.use_wal)
+            self._autocommit(sqlite_file.use_wal)
         except DBAPIError:
             pass  # a read-only file, or another process that is doing just this; both work without
-
-
-def open_database(url_or_engine: object, *, create: bool) -> Database:
-    """Open, check and migrate. A corrupt SQLite file is set aside, with a warning, and a new one started.
-
-    Raises:
-        StoreError: not a URL or engine, nothing there that can be used, or a schema of a later version.
-        MissingExtraError: PostgreSQL without its driver.
-    """
-    if isinstance(url_or_engine, Engine):
-        _check_backend(url_or_engine.url, url_or_engine.dialect.is_async)
-        return _prepared(Database(url_or_engine, owned=False), create)
-    url = _parse(url_or_engine)
-    engine = _engine(url)
-    if engine.dialect.name != "sqlite" or sqlite_file.in_memory(url):
-        return _prepared(Database(engine, owned=True), create)
-    file = SqliteFile(url)
-    file.prepare(create)
-    try:
-        return _prepared(Database(engine, owned=True, file=file), create)
-    except CorruptFileError as error:
-        if not create or file.read_only:
-            raise
-        warnings.warn(f"{error}; it is kept as {file.set_aside()} and a new one started", RuntimeWarning, stacklevel=4)
-    except StoreError:
-        if not file.is_frozen():
-            raise
-        return _prepared(Database(_engine(file.immutable_url()), owned=True, file=file), create=False)
-    file.prepare(create)
-    return _prepared(Database(engine, owned=True, file=file), create)
 
 
 def reason(error: BaseException) -> str:
@@ -166,18 +215,34 @@ def reason(error: BaseException) -> str:
     return str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
 
 
-def _prepared(database: Database, create: bool) -> Database:
-    try:
-        database.prepare(create)
-    except StoreError:
-        database.close()
-        raise
-    except DATABASE_ERRORS as error:
-        database.close()
-        cause = getattr(error, "orig", error)
-        kind = CorruptFileError if isinstance(cause, sqlite3.Error) and sqlite_file.is_corrupt(cause) else StoreError
-        raise kind(f"store {database.name} cannot be used: {reason(error)}") from error
-    return database
+def _kind(error: BaseException) -> type[StoreError]:
+    """Which of our errors one of the database's is: damage, something that passes, or something that stays."""
+    cause = getattr(error, "orig", None) or error
+    if isinstance(cause, sqlite3.Error):
+        if sqlite_file.is_corrupt(cause):
+            return CorruptFileError
+        return StoreUnavailableError if sqlite_file.may_pass(cause) else StoreError
+    passing = isinstance(error, OperationalError) or getattr(error, "connection_invalidated", False)
+    return StoreUnavailableError if passing else StoreError
+
+
+def _check_version(name: str, version: int, create: bool) -> None:
+    known = len(MIGRATIONS)
+    if version > known:
+        raise StoreError(
+            f"store {name} has schema version {version}, but this ouroboros-llm knows versions up to {known}; "
+            "upgrade ouroboros-llm or choose another database"
+        )
+    if version < known and not create:
+        raise StoreError(
+            f"store {name} needs tables of schema version {known}, but has version {version} (0: none), and "
+            "create=False; open it once with create=True"
+        )
+
+
+def _checked(engine: Engine) -> Engine:
+    _check_backend(engine.url, engine.dialect.is_async)
+    return engine
 
 
 def _parse(url: object) -> URL:

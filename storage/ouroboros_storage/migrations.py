@@ -45,6 +45,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (scope_id, name)
         )""",
     ),
+    (
+        # With the length in it, quotas are counted without reading rows.
+        "DROP INDEX ouroboros_runs_last_used",
+        "CREATE INDEX ouroboros_runs_last_used ON ouroboros_runs (scope_id, last_used, length)",
+        "ALTER TABLE ouroboros_scopes ADD COLUMN generation BIGINT NOT NULL DEFAULT 0",
+    ),
 )
 
 BACKENDS = tuple(_TYPES)

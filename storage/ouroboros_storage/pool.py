@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ouroboros_llm.memory_pool import MemoryPool, Run
-from ouroboros_llm.phrases import Phrase, PoolStats
+from ouroboros_llm.phrases import Notebook, Phrase, PhrasePool, PoolStats
 
-from .buffer import Buffer, NoteBuffer
-from .rows import PendingRun, ReadRun, ScopeKey, content_hash, decode, encode
+from .buffer import Buffer, NoteBuffer, Nowhere
+from .records import PendingRun, ReadRun, ScopeKey, content_hash, decode, encode
+from .rows import Identity
 
 
 class StoredPool:
@@ -17,7 +18,15 @@ class StoredPool:
     Everyone who opens a scope in one store has the same pool, so sessions learn from each other. Thread-safe.
     """
 
-    def __init__(self, key: ScopeKey, buffer: Buffer, notes: NoteBuffer, capacity: int) -> None:
+    def __init__(
+        self,
+        key: ScopeKey,
+        buffer: Buffer | Nowhere,
+        notes: NoteBuffer | Nowhere,
+        capacity: int,
+        read: Callable[[StoredPool], object],
+    ) -> None:
+        """`read` brings a pool up to date with the database."""
         self.key = key
         self.capacity = capacity
         """Tokens kept in memory at most."""
@@ -27,8 +36,8 @@ class StoredPool:
         """Whether the scope's notes are in memory."""
         self.generation = object()
         """Another one after the scope was deleted, so that what was built on its phrases can go too."""
-        self._scope_id: int | None = None
-        self._buffer, self._notes = buffer, notes
+        self._identity: Identity | None = None
+        self._buffer, self._notes, self._bring_up_to_date = buffer, notes, read
         self._memory = MemoryPool(capacity)
         self._flushed: set[bytes] = set()
 
@@ -60,12 +69,20 @@ class StoredPool:
     def stats(self) -> PoolStats:
         return self._memory.stats
 
-    def belongs_to(self, scope_id: int | None) -> bool:
-        """Note the id of the scope's row. If it was another, the scope was deleted elsewhere: forget it and say no."""
-        changed = self._scope_id is not None and self._scope_id != scope_id
+    def refresh(self) -> None:
+        """Take in what other processes flushed since. Reads the database: between turns, not within one."""
+        self._bring_up_to_date(self)
+
+    def belongs_to(self, scope: Identity | None) -> bool:
+        """Note the identity of the scope's row. If it was another, the scope was deleted or pruned elsewhere: forget it
+        and say no."""
+        changed = self._identity is not None and self._identity != scope
         if changed:
             self.forget()
-        self._scope_id = scope_id
+        elif self._identity is None:
+            # A scope that came to be by a new name has rows older than what was read before.
+            self.newest_read = 0
+        self._identity = scope
         return not changed
 
     def load(self, found: Sequence[ReadRun], newest: int) -> None:
@@ -84,14 +101,54 @@ class StoredPool:
         self._memory.remember({**notes, **self._memory.recall("")})
         self.notes_read = True
 
-    def mark_flushed(self, found: Iterable[bytes], scope_id: int) -> None:
+    def mark_flushed(self, found: Iterable[bytes], scope: Identity) -> None:
         """These runs are rows of the scope now, and no news."""
-        if self.belongs_to(scope_id):
+        if self.belongs_to(scope):
             self._flushed.update(content_hash(data) for data in found)
+
+    def leave_file(self) -> None:
+        """The database is another one now, with nothing of this scope; what is in memory stays."""
+        self._identity, self.newest_read = None, 0
+        self._flushed.clear()
 
     def forget(self) -> None:
         """Drop everything from memory."""
         self._memory = MemoryPool(self.capacity)
         self.generation, self.notes_read = object(), False
         self._flushed.clear()
-        self._scope_id = None
+        self._identity, self.newest_read = None, 0
+
+
+class LayeredPool:
+    """Reads several pools in order and writes to the first."""
+
+    def __init__(self, pools: Sequence[PhrasePool]) -> None:
+        """`pools`: the one that is written, then those that are only read."""
+        self.pools = tuple(pools)
+
+    def add(self, token_ids: Sequence[int], *, answer: bool = True) -> None:
+        self.pools[0].add(token_ids, answer=answer)
+
+    def match(self, tail: Sequence[int]) -> list[Phrase]:
+        """Longest match first; among equal ones those of earlier pools."""
+        found = [phrase for pool in self.pools for phrase in pool.match(tail)]
+        return sorted(found, key=lambda phrase: -phrase.match_length)
+
+    @property
+    def stats(self) -> PoolStats:
+        """Of all the pools together."""
+        found = [pool.stats for pool in self.pools]
+        return PoolStats(sum(stats.runs for stats in found), sum(stats.tokens for stats in found))
+
+    def remember(self, notes: Mapping[str, bytes]) -> None:
+        if isinstance(self.pools[0], Notebook):
+            self.pools[0].remember(notes)
+
+    def recall(self, prefix: str) -> Mapping[str, bytes]:
+        return self.pools[0].recall(prefix) if isinstance(self.pools[0], Notebook) else {}
+
+    def refresh(self) -> None:
+        """Take in what other processes flushed since, in every pool that can."""
+        for pool in self.pools:
+            if isinstance(pool, StoredPool):
+                pool.refresh()

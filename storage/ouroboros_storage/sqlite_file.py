@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 from contextlib import suppress
@@ -42,17 +43,28 @@ class SqliteFile:
         self.read_only = uri and url.query.get("mode") == "ro" or "mode=ro" in database
         self._identity: tuple[int, int] | None = None
 
+    def check(self, create: bool) -> None:
+        """Raise StoreError where there is neither a file nor a place for one. Makes nothing."""
+        try:
+            if self._identify() is not None:
+                return
+            if not create or self.read_only:
+                raise StoreError(f"store file {self.path} does not exist, and may not be created; correct the path")
+            folder = next(parent for parent in self.path.parents if parent.exists())
+            if not folder.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        except (OSError, ValueError) as error:
+            raise self._unusable(error) from error
+
     def prepare(self, create: bool) -> None:
         """Make the folder and an empty file that only its owner can read, where there is none."""
+        self.check(create)
         try:
             if create and not self.read_only:
                 self._create()
             self._identity = self._identify()
-        except (OSError, ValueError) as error:  # a null byte in a path is a ValueError
-            reason = getattr(error, "strerror", None) or error
-            raise StoreError(f"store file {str(self.path)!r} cannot be opened or created: {reason}") from error
-        if self._identity is None:
-            raise StoreError(f"store file {self.path} does not exist, and may not be created; correct the path")
+        except (OSError, ValueError) as error:
+            raise self._unusable(error) from error
 
     def set_aside(self) -> Path:
         """Rename the file and its companions to `*.corrupt-<time>`; returns the new name."""
@@ -69,6 +81,15 @@ class SqliteFile:
             raise StoreError(f"damaged store file {self.path} cannot be set aside: {error.strerror}") from error
         return moved
 
+    def is_same(self) -> bool:
+        """Whether the file is still the one that was prepared, not deleted, moved or replaced since."""
+        return self._identify() == self._identity
+
+    def nbytes(self) -> int:
+        """Size of the file and its companions."""
+        paths = (self.path.with_name(self.path.name + companion) for companion in _COMPANIONS)
+        return sum(path.stat().st_size for path in paths if path.exists())
+
     def is_frozen(self) -> bool:
         """Whether nothing can be written beside the file, not even what SQLite needs for reading next to a writer."""
         wal = self.path.with_name(self.path.name + "-wal")
@@ -77,6 +98,10 @@ class SqliteFile:
     def immutable_url(self) -> URL:
         """Reads the file as it lies there, without locks and companions."""
         return URL.create("sqlite", database=f"file:{quote(str(self.path))}", query={"immutable": "1", "uri": "true"})
+
+    def _unusable(self, error: Exception) -> StoreError:
+        reason = getattr(error, "strerror", None) or error  # a null byte in a path is a ValueError
+        return StoreError(f"store file {str(self.path)!r} cannot be opened or created: {reason}")
 
     def _create(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,6 +163,11 @@ def checkpoint(connection: Connection) -> bool:
 
 def is_corrupt(error: sqlite3.Error) -> bool:
     return _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def may_pass(error: sqlite3.Error) -> bool:
+    """Whether the file may be usable later: locked, no room on the disk, or a disk that fails."""
+    return is_busy(error) or _code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
 
 def is_busy(error: sqlite3.Error) -> bool:

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import TypeVar
-from weakref import WeakValueDictionary
 
 from sqlalchemy import URL, Connection, Engine
 
-from ouroboros_llm.errors import OptionError, StoreError
-from ouroboros_llm.phrases import check_scope
+from ouroboros_llm.errors import OptionError, StoreError, StoreUnavailableError
+from ouroboros_llm.phrases import check_scope, check_scopes
 
-from . import rows
-from .buffer import Buffer, NoteBuffer
-from .database import DATABASE_ERRORS, open_database, reason
-from .pool import StoredPool
-from .rows import ScopeKey, StoredRun, StoredScope
+from . import rows, upkeep
+from .bounds import Bounds, check_bound
+from .database import DATABASE_ERRORS, Database, reason
+from .exchange import batches
+from .outage import Outage
+from .pool import LayeredPool, StoredPool
+from .pools import Pools
+from .records import ScopeKey, StoredNote, StoredRun, StoredScope, StoreStats
+from .upkeep import Quotas
+from .writer import Writer
 
 Result = TypeVar("Result")
-
-_KEPT_POOLS = 64
-"""Pools that stay in memory between turns although nobody holds them."""
 
 
 class PhraseStore:
@@ -42,30 +43,54 @@ class PhraseStore:
         ```
     """
 
-    def __init__(self, url_or_engine: str | URL | Engine, *, create: bool = True, capacity: int = 1_000_000) -> None:
-        """Open the database, and bring its tables up to date.
+    def __init__(
+        self,
+        url_or_engine: str | URL | Engine,
+        *,
+        create: bool = True,
+        capacity: int = 1_000_000,
+        scope_quota: int | None = 1_000_000,
+        quota: int | None = 100_000_000,
+        ephemeral: Collection[str] = (),
+    ) -> None:
+        """Say where phrases are kept. A file that is there is checked; otherwise nothing happens before the first use.
 
         Args:
             url_or_engine: `sqlite:///PATH`, `sqlite://` (in memory), `postgresql+psycopg://USER@HOST/DATABASE`, or an
                 engine of yours, which keeps its settings and is not disposed.
             create: Make the file, its folders and the tables where there are none.
             capacity: Tokens kept in memory per pool at most; what was used last is kept.
+            scope_quota, quota: Tokens kept in the database at most, per scope and tokenizer, and in all; a flush that
+                exceeds them drops what was used least recently. None: no bound.
+            ephemeral: Scopes that stay in memory: nothing of them is read from the database or written to it.
 
         Raises:
             StoreError: the database cannot be used, is not there with `create` off, or was made by a later version.
             MissingExtraError: PostgreSQL without its driver.
         """
-        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
-            raise OptionError(f"capacity must be a whole number of at least 1, but got {capacity!r}")
-        self._capacity = capacity
-        self._database = open_database(url_or_engine, create=create)
-        self._buffer, self._notes = Buffer(), NoteBuffer()
+        check_bound("capacity", capacity)
+        for name, bound in (("scope_quota", scope_quota), ("quota", quota)):
+            if bound is not None:
+                check_bound(name, bound)
         # Held while the database is used: an in-memory SQLite has one connection, and a deleted scope must stay deleted
         # whatever is being read or written at that moment. Never taken by `add` and `match`.
         self._lock = threading.RLock()
-        self._pools: WeakValueDictionary[ScopeKey, StoredPool] = WeakValueDictionary()
-        self._kept: OrderedDict[ScopeKey, StoredPool] = OrderedDict()
-        self._warned = self._failing = self._closed = self._writing = False
+        self._closed = False
+        self._database = Database(url_or_engine, create=create, on_loss=self._leave_file)
+        self._outage = Outage(self._database.name)
+        self._writer = Writer(self._database, self._outage, Quotas(scope_quota, quota))
+        self._pools = Pools(
+            self._database,
+            self._writer,
+            self._outage,
+            capacity=capacity,
+            ephemeral=check_scopes(tuple(ephemeral)),
+            refresh=self._refresh,
+        )
+        if self._database.file is not None:
+            self._database.file.check(create)
+            if self._database.file.path.exists():
+                self._setup_if_available()
 
     def __repr__(self) -> str:
         return f"PhraseStore({self._database.name!r})"
@@ -76,28 +101,43 @@ class PhraseStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def open(self, scope: str, *, fingerprint: str) -> StoredPool:
+    def setup(self) -> None:
+        """Connect, check the database and bring its tables up to date now instead of at the first use. Idempotent.
+
+        Raises:
+            StoreUnavailableError: it does not answer now. StoreError: it cannot be used.
+        """
+        with self._lock:
+            self._check_open()
+            self._database.setup()
+
+    def open(
+        self, scope: str, *, fingerprint: str, read_scopes: Sequence[str] = (), ephemeral: bool = False
+    ) -> StoredPool | LayeredPool:
         """The pool of `scope` for the tokenizer `fingerprint`, with what was flushed until now, by other processes too.
 
         Whoever opens the same two gets the same pool. Nothing is written: a scope exists from its first flush after an
         `add`, however short.
 
+        Args:
+            read_scopes: Further scopes that the pool reads, in order; it writes to `scope` alone.
+            ephemeral: From now on this store keeps the scope in memory only, whoever opens it. What was written before
+                stays until it is deleted.
+
         Raises:
-            OptionError: not a name: 1 to 255 printable characters. StoreError: the store is closed.
+            OptionError: not a name: 1 to 255 printable characters.
+            StoreError: the store is closed, or its database cannot be used, now or later. While it merely does not
+                answer, there is a warning, and pools begin empty.
         """
-        key = ScopeKey(check_scope(scope), check_scope(fingerprint, "fingerprint"))
+        check_scope(fingerprint, "fingerprint")
+        names = [check_scope(scope), *check_scopes(read_scopes)]
         with self._lock:
             self._check_open()
-            pool = self._pools.get(key)
-            fresh = pool is None
-            if pool is None:
-                pool = self._pools[key] = StoredPool(key, self._buffer, self._notes, self._capacity)
-            if not self._read(pool) or fresh:
-                pool.load_pending(self._buffer.runs(key))
-            if not pool.notes_read:
-                self._read_notes(pool)
-            self._keep(pool)
-            return pool
+            if ephemeral:
+                self._pools.make_ephemeral(scope)
+            self._setup_if_available()
+            pools = [self._pools.open(ScopeKey(name, fingerprint)) for name in dict.fromkeys(names)]
+        return pools[0] if len(pools) == 1 else LayeredPool(pools)
 
     def flush(self) -> None:
         """Write everything that was added, in one transaction. When it returns, it is durable, or a warning was given.
@@ -106,21 +146,59 @@ class PhraseStore:
         flush.
         """
         with self._lock:
-            # Writing already: a stream that the garbage collector closes meanwhile waits for the next flush.
-            if not self._closed and not self._writing:
-                # While the database fails, every turn would wait for all attempts; one is enough to see it come back.
-                self._write(patient=not self._failing)
+            if not self._closed:
+                self._write(patient=not self._outage.failing)
+
+    def refresh(self) -> None:
+        """Let all open pools take in what other processes flushed since. Opening a pool does this for that pool."""
+        with self._lock:
+            self._check_open()
+            self._pools.read_all()
 
     def list(self) -> Sequence[StoredScope]:
         """The scopes in the database, by name; one row per tokenizer. Raises StoreError where it cannot be read."""
         return self._ask(rows.read_scopes)
 
-    def export(self, scope: str) -> Iterator[StoredRun]:
-        """All runs of one scope, flushed first, in the order they were first written. Raises StoreError."""
-        check_scope(scope)
-        self._check_open()
-        self.flush()
-        return self._export(scope)
+    def stats(self, scope: str | None = None) -> StoreStats:
+        """How much the database holds of one scope, or in all. Raises StoreError."""
+        file = self._database.file
+        count = partial(
+            upkeep.stats,
+            scope=None if scope is None else check_scope(scope),
+            file_bytes=None if file is None else file.nbytes(),
+            waiting=self._writer.runs.waiting(scope),
+        )
+        return self._ask(count)
+
+    def copy(self, source: str, target: str) -> int:
+        """Copy a scope to a name that is free; returns the number of runs.
+
+        Whoever opens the copy can tell by speed what was said in the original: see `docs/privacy.md`.
+
+        Raises:
+            StoreError: the source is not in the database, the target is, or the database cannot be used.
+        """
+        return self._change(upkeep.copy, source, target)
+
+    def merge(self, sources: str | Sequence[str], target: str) -> int:
+        """Add one scope, or several, to another, which may exist: counts add up. Returns the number of runs added.
+
+        The sources stay. Raises StoreError where one is not in the database; then nothing was done.
+        """
+        names = [sources] if isinstance(sources, str) else list(sources)
+        if target in names:
+            raise OptionError(f"target must be another scope than the sources, but got {target!r} among them")
+        return self._change(
+            lambda connection, *names: upkeep.merge_all(connection, names[:-1], names[-1]), *names, target
+        )
+
+    def rename(self, source: str, target: str) -> int:
+        """Give a scope a name that is free; returns the number of runs.
+
+        Raises:
+            StoreError: the source is not in the database, the target is, or the database cannot be used.
+        """
+        return self._change(upkeep.rename, source, target)
 
     def delete(self, scope: str) -> int:
         """Erase one scope: rows, buffer, and what open pools hold; returns the number of runs the database held.
@@ -134,14 +212,79 @@ class PhraseStore:
         check_scope(scope)
         with self._lock:
             self._check_open()
-            self._buffer.forget(scope)
-            self._notes.forget(scope)
-            for pool in tuple(self._pools.values()):
-                if pool.key.scope == scope:
-                    pool.forget()
+            self._writer.forget(scope)
+            self._pools.forget({scope})
             deleted = self._ask(partial(rows.delete_scope, scope=scope), write=True)
-            self._checkpoint(scope)
+            self._checkpoint(f"{scope!r} is deleted")
             return deleted
+
+    def prune(
+        self,
+        scope: str | None = None,
+        *,
+        max_tokens: int | None = None,
+        max_age: timedelta | float | None = None,
+        max_runs: int | None = None,
+    ) -> int:
+        """Erase runs, least recently used first, until the bounds hold; returns their number.
+
+        Open pools of the scopes concerned forget everything, and read what is left when they are opened again.
+
+        Args:
+            scope: The scope for which the bounds hold, all its tokenizers together; None: the whole store.
+            max_age: How long ago a run may have been used last, in seconds or as a timedelta. Older notes and scopes
+                that are empty then go too.
+
+        Raises:
+            OptionError: no bound, or a negative one. StoreError: the database cannot be used.
+        """
+        bounds = Bounds.of(max_tokens=max_tokens, max_age=max_age, max_runs=max_runs)
+        if scope is not None:
+            check_scope(scope)
+        with self._lock:
+            self._check_open()
+            self._write(patient=True)
+            count, names = self._ask(partial(upkeep.prune, scope=scope, bounds=bounds), write=True)
+            self._pools.forget(names)
+            self._checkpoint(f"{count} runs are pruned")
+            return count
+
+    def export(self, scope: str) -> Iterator[StoredRun]:
+        """All runs of one scope, flushed first, in the order they were first written. Raises StoreError."""
+        check_scope(scope)
+        self._check_open()
+        self.flush()
+        return self._export(scope)
+
+    def export_notes(self, scope: str) -> Iterator[StoredNote]:
+        """What drafting learned in one scope beside its runs, flushed first. Raises StoreError."""
+        check_scope(scope)
+        self._check_open()
+        self.flush()
+        return self._export_notes(scope)
+
+    def import_(self, records: Iterable[StoredRun | StoredNote]) -> int:
+        """Write what `export` and `export_notes` gave, of this database or another; returns the number of runs.
+
+        A run that is there keeps the larger count, so that importing twice does no harm; a note is replaced. Written
+        batch by batch: what is interrupted can be begun again.
+
+        Raises:
+            OptionError: not such a record, or no name, token id or count in it. StoreError: the database fails.
+        """
+        count = 0
+        for runs, notes in batches(records):
+            self._ask(partial(self._writer.put, runs=runs, notes=notes, add_counts=False), write=True)
+            self._pools.forget_notes(notes)
+            count += sum(len(found) for found in runs.values())
+        return count
+
+    def check(self, advance: Callable[[int], None] | None = None) -> Sequence[str]:
+        """Look at every page and run of the database; the problems found, none where all is well.
+
+        `advance` is called with the number of runs looked at since the last call. Raises StoreError.
+        """
+        return self._ask(lambda connection: list(upkeep.problems(connection, advance or (lambda count: None))))
 
     def close(self) -> None:
         """Flush, and release the database unless the engine is yours. Idempotent; pools go on in memory."""
@@ -150,58 +293,37 @@ class PhraseStore:
                 return
             self._write(patient=True)
             self._closed = True
-            self._kept.clear()
+            self._pools.release()
             self._database.close()
 
-    def _read(self, pool: StoredPool) -> bool:
-        """Bring a pool up to date with the database; where that fails it stays as it is, until it is opened again.
-
-        False where the pool had to start anew, because its scope was deleted elsewhere.
-        """
-        known = True
-        try:
-            scope_id, newest = self._database.read(partial(rows.position, key=pool.key), patient=not self._failing)
-            known = pool.belongs_to(scope_id)
-            if newest == pool.newest_read:
-                return known
-            # Ids are bounded on both sides, so that a run written between the two queries is left to the next opening.
-            found = self._database.read(
-                lambda connection: rows.read_runs(connection, pool.key, pool.newest_read, newest, self._capacity),
-                patient=not self._failing,
-            )
-            pool.load(found, newest)
-        except DATABASE_ERRORS as error:
-            self._warn("read", error)
-        return known
-
-    def _read_notes(self, pool: StoredPool) -> None:
-        try:
-            found = self._database.read(partial(rows.read_notes, key=pool.key), patient=not self._failing)
-            pool.load_notes({**found, **self._notes.notes(pool.key)})
-        except DATABASE_ERRORS as error:
-            self._warn("read", error)
-
     def _write(self, *, patient: bool) -> None:
-        pending, notes = self._buffer.take(), self._notes.take()
-        if not pending and not notes:
-            return
-        self._writing = True
+        self._pools.discard_ephemeral()
+        self._writer.write(self._pools.mark_flushed, patient=patient)
+
+    def _refresh(self, pool: StoredPool) -> None:
+        with self._lock:
+            self._check_open()
+            self._pools.read(pool)
+
+    def _leave_file(self, erased: bool) -> None:
+        self._pools.leave_file(erased)
+
+    def _setup_if_available(self) -> None:
         try:
-            scope_ids = self._database.write(partial(rows.upsert, pending=pending, notes=notes), patient=patient)
-        except BaseException as error:
-            self._buffer.put_back(pending)
-            self._notes.put_back(notes)
-            if not isinstance(error, DATABASE_ERRORS):
-                raise
-            self._failing = True
-            self._warn("written", error)
-            return
-        finally:
-            self._writing = False
-        self._failing = False
-        for key, found in pending.items():
-            if pool := self._pools.get(key):
-                pool.mark_flushed(found, scope_ids[key])
+            self._database.setup()
+        except StoreUnavailableError as error:
+            self._outage.begin("read", error)
+
+    def _change(self, change: Callable[..., int], *names: str) -> int:
+        """Flush, change scopes by name, and let their open pools begin anew."""
+        for name in names:
+            check_scope(name)
+        with self._lock:
+            self._check_open()
+            self._write(patient=True)
+            count = self._ask(lambda connection: change(connection, *names), write=True)
+            self._pools.forget(names)
+            return count
 
     def _ask(self, action: Callable[[Connection], Result], *, write: bool = False) -> Result:
         """What the caller waits for: it works, or it raises StoreError."""
@@ -213,45 +335,31 @@ class PhraseStore:
                 raise StoreError(f"store {self._database.name} failed: {reason(error)}") from error
 
     def _export(self, scope: str) -> Iterator[StoredRun]:
-        batch = self._ask(partial(rows.read_batch, scope=scope, after=0))
+        batch = self._ask(partial(rows.read_run_batch, scope=scope, after=0))
         while batch:
             yield from (run for _, run in batch)
-            batch = self._ask(partial(rows.read_batch, scope=scope, after=batch[-1][0]))
+            batch = self._ask(partial(rows.read_run_batch, scope=scope, after=batch[-1][0]))
 
-    def _checkpoint(self, scope: str) -> None:
+    def _export_notes(self, scope: str) -> Iterator[StoredNote]:
+        batch = self._ask(partial(rows.read_note_batch, scope=scope, after=(0, "")))
+        while batch:
+            yield from (note for _, note in batch)
+            scope_id, last = batch[-1]
+            batch = self._ask(partial(rows.read_note_batch, scope=scope, after=(scope_id, last.name)))
+
+    def _checkpoint(self, done: str) -> None:
         try:
-            done = self._database.checkpoint()
+            emptied = self._database.checkpoint()
         except DATABASE_ERRORS:
-            done = False
-        if not done:
+            emptied = False
+        if not emptied:
             warnings.warn(
-                f"{scope!r} is deleted, but another connection is using {self._database.name}: its write-ahead log "
+                f"{done}, but another connection is using {self._database.name}: its write-ahead log "
                 "keeps the old bytes until the next checkpoint, at the latest until the last connection closes",
                 RuntimeWarning,
                 stacklevel=3,
             )
 
-    def _keep(self, pool: StoredPool) -> None:
-        """Keep the pools opened last for the next turns, as far as they fit into one pool's capacity together."""
-        self._kept[pool.key] = pool
-        self._kept.move_to_end(pool.key)
-        tokens = sum(kept.stats.tokens for kept in self._kept.values())
-        while len(self._kept) > 1 and (len(self._kept) > _KEPT_POOLS or tokens > self._capacity):
-            _, dropped = self._kept.popitem(last=False)
-            tokens -= dropped.stats.tokens
-
     def _check_open(self) -> None:
         if self._closed:
             raise StoreError(f"store {self._database.name} is closed; open a new PhraseStore")
-
-    def _warn(self, verb: str, error: BaseException) -> None:
-        """Say it once: a warning per turn would drown the answer."""
-        if self._warned:
-            return
-        self._warned = True
-        warnings.warn(
-            f"phrases of {self._database.name} cannot be {verb}: {reason(error)}; generation goes on, and what was "
-            "added waits in memory for a flush that succeeds",
-            RuntimeWarning,
-            stacklevel=4,
-        )

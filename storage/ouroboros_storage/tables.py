@@ -31,6 +31,7 @@ scopes = Table(
     Column("fingerprint", String(255), nullable=False),
     Column("created", BigInteger, nullable=False),
     Column("last_used", BigInteger, nullable=False),
+    Column("generation", BigInteger, nullable=False, server_default="0"),
     Unique("name", "fingerprint"),
 )
 
@@ -47,7 +48,7 @@ runs = Table(
     Column("last_used", BigInteger, nullable=False),
     Column("answer", SmallInteger, nullable=False, server_default="1"),
     Unique("scope_id", "hash"),
-    Index("ouroboros_runs_last_used", "scope_id", "last_used"),
+    Index("ouroboros_runs_last_used", "scope_id", "last_used", "length"),
 )
 
 notes = Table(

@@ -1,0 +1,157 @@
+"""The pools of a store that are in use, or were lately, and how they learn what the database holds."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from weakref import WeakValueDictionary
+
+from ouroboros_llm.errors import StoreError
+
+from . import rows
+from .buffer import Nowhere
+from .database import DATABASE_ERRORS, Database
+from .outage import Outage
+from .pool import StoredPool
+from .records import ScopeKey
+from .rows import Identity
+from .writer import PendingRuns, Writer
+
+_KEPT = 64
+"""Pools that stay in memory between turns although nobody holds them."""
+
+
+class Pools:
+    """Pools by scope and tokenizer: whoever opens the same gets the same, as long as anybody holds it.
+
+    The last ones are held for the next turns, as far as they fit into one pool's capacity together. Everything here is
+    called under the store's lock.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        writer: Writer,
+        outage: Outage,
+        *,
+        capacity: int,
+        ephemeral: Collection[str],
+        refresh: Callable[[StoredPool], None],
+    ) -> None:
+        """`capacity`: tokens of a pool; `ephemeral`: scopes in memory only; `refresh`: `read`, under the lock."""
+        self._database, self._writer, self._outage, self._refresh = database, writer, outage, refresh
+        self._capacity, self._ephemeral = capacity, set(ephemeral)
+        self._pools: WeakValueDictionary[ScopeKey, StoredPool] = WeakValueDictionary()
+        self._kept: OrderedDict[ScopeKey, StoredPool] = OrderedDict()
+
+    def open(self, key: ScopeKey) -> StoredPool:
+        """The pool, up to date with the database as far as that answers."""
+        pool = self._pools.get(key)
+        fresh = pool is None
+        if pool is None:
+            pool = self._pools[key] = self._new(key)
+        if not self.read(pool) or fresh:
+            pool.load_pending(self._writer.runs.runs(key))
+        if not pool.notes_read:
+            self._read_notes(pool)
+        self._keep(pool)
+        return pool
+
+    def read(self, pool: StoredPool) -> bool:
+        """Bring a pool up to date with the database; where that fails it stays as it is, until it is opened again.
+
+        False where the pool had to start anew, because its scope was deleted or pruned elsewhere.
+        """
+        known, patient = True, not self._outage.failing
+        if pool.key.scope in self._ephemeral:
+            return known
+        try:
+            found = self._database.read(partial(rows.position, key=pool.key), patient=patient)
+            self._writer.runs.begin_after(found.last_used)
+            known = pool.belongs_to(found.scope)
+            if found.newest == pool.newest_read:
+                return known
+            # Ids are bounded on both sides, so that a run written between the two queries is left to the next opening.
+            news = self._database.read(
+                lambda connection: rows.read_runs(connection, pool.key, pool.newest_read, found.newest, self._capacity),
+                patient=patient,
+            )
+            pool.load(news, found.newest)
+        except (StoreError, *DATABASE_ERRORS) as error:
+            self._outage.mention("read", error)
+        return known
+
+    def read_all(self) -> None:
+        for pool in self._all():
+            self.read(pool)
+
+    def mark_flushed(self, runs: PendingRuns, identities: Mapping[ScopeKey, Identity]) -> None:
+        """These runs are in the database now."""
+        for key, found in runs.items():
+            if pool := self._pools.get(key):
+                pool.mark_flushed(found, identities[key])
+
+    def make_ephemeral(self, scope: str) -> None:
+        """Keep a scope in memory only from now on, in pools that begin empty."""
+        if scope not in self._ephemeral:
+            self._ephemeral.add(scope)
+            for pool in self._all():
+                if pool.key.scope == scope:
+                    self._kept.pop(pool.key, None)
+                    self._pools.pop(pool.key, None)
+
+    def discard_ephemeral(self) -> None:
+        """Drop what turns added that were running when their scope became ephemeral."""
+        for scope in self._ephemeral:
+            self._writer.forget(scope)
+
+    def forget(self, scopes: Collection[str]) -> None:
+        """Empty the pools of these scopes, for every tokenizer."""
+        for pool in self._all():
+            if pool.key.scope in scopes:
+                pool.forget()
+
+    def forget_notes(self, keys: Collection[ScopeKey]) -> None:
+        """Read notes anew at the next opening: there are others in the database now."""
+        for key in keys:
+            if pool := self._pools.get(key):
+                pool.notes_read = False
+
+    def leave_file(self, erased: bool) -> None:
+        """The database file was replaced. What somebody erased is forgotten; what damage took stays in memory."""
+        for pool in self._all():
+            if not erased:
+                pool.leave_file()
+            elif pool.key.scope not in self._ephemeral:
+                pool.forget()
+
+    def release(self) -> None:
+        """Hold no pool any longer."""
+        self._kept.clear()
+
+    def _new(self, key: ScopeKey) -> StoredPool:
+        nowhere = Nowhere() if key.scope in self._ephemeral else None
+        runs, notes = nowhere or self._writer.runs, nowhere or self._writer.notes
+        return StoredPool(key, runs, notes, self._capacity, self._refresh)
+
+    def _read_notes(self, pool: StoredPool) -> None:
+        if pool.key.scope in self._ephemeral:
+            pool.notes_read = True
+            return
+        try:
+            found = self._database.read(partial(rows.read_notes, key=pool.key), patient=not self._outage.failing)
+            pool.load_notes({**found, **self._writer.notes.notes(pool.key)})
+        except (StoreError, *DATABASE_ERRORS) as error:
+            self._outage.mention("read", error)
+
+    def _keep(self, pool: StoredPool) -> None:
+        self._kept[pool.key] = pool
+        self._kept.move_to_end(pool.key)
+        tokens = sum(kept.stats.tokens for kept in self._kept.values())
+        while len(self._kept) > 1 and (len(self._kept) > _KEPT or tokens > self._capacity):
+            _, dropped = self._kept.popitem(last=False)
+            tokens -= dropped.stats.tokens
+
+    def _all(self) -> list[StoredPool]:
+        return list(self._pools.values())
