@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
+from databases import POSTGRES
+from sqlalchemy import create_engine, make_url, text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -30,6 +34,7 @@ from transformers import (
 from ouroboros_llm import Ouroboros, PhrasePool
 from ouroboros_llm.drafting.blend import Blend
 from ouroboros_llm.drafting.memory import Memory, sources
+from ouroboros_storage import database, sqlite_file
 
 # Tiny matrices: a second thread costs more than it brings.
 torch.set_num_threads(1)
@@ -140,3 +145,35 @@ def tiny_ouroboros() -> Iterator[Ouroboros]:
     """An `Ouroboros` over a tiny Llama that keeps phrases in memory."""
     with Ouroboros(tiny_model(), byte_tokenizer()) as ouroboros:
         yield ouroboros
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/phrases.db"
+
+
+@pytest.fixture(
+    params=[
+        "sqlite",
+        pytest.param("postgres", marks=pytest.mark.skipif(not POSTGRES, reason="OUROBOROS_TEST_POSTGRES has no URL")),
+    ]
+)
+def any_url(request: pytest.FixtureRequest, url: str) -> Iterator[str]:
+    """An empty database of each backend; on PostgreSQL a schema of its own."""
+    if request.param == "sqlite":
+        yield url
+        return
+    schema = f"ouroboros_test_{uuid4().hex}"
+    engine = create_engine(POSTGRES, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE SCHEMA {schema}"))
+        yield make_url(POSTGRES).update_query_dict({"options": f"-csearch_path={schema}"}).render_as_string(False)
+        connection.execute(text(f"DROP SCHEMA {schema} CASCADE"))
+    engine.dispose()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits for locks as often, but not as long."""
+    monkeypatch.setattr(sqlite_file, "BUSY_MILLISECONDS", 20)
+    monkeypatch.setattr(database, "_PAUSES", (0.01, 0.01, 0.01))

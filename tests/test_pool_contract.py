@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from databases import POSTGRES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +16,6 @@ from ouroboros_llm.memory_pool import MemoryPool
 from ouroboros_llm.phrases import ANSWER, MATCH_LIMIT, PHRASE_LENGTH, Notebook, Phrase, PhrasePool, PoolStats
 from ouroboros_storage import PhraseStore
 
-POSTGRES = os.environ.get("OUROBOROS_TEST_POSTGRES", "")
 BACKENDS = [
     "memory",
     "sqlite-memory",

@@ -13,9 +13,9 @@ import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
+from databases import path_of, recall, remember
 from sqlalchemy import StaticPool, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import OperationalError
 
@@ -27,7 +27,6 @@ from ouroboros_storage.migrations import MIGRATIONS
 from ouroboros_storage.records import ScopeKey, encode
 from ouroboros_storage.tables import metadata
 
-POSTGRES = os.environ.get("OUROBOROS_TEST_POSTGRES", "")
 HOSTILE = [
     "conversation:42",
     "Conversation:42",
@@ -47,60 +46,12 @@ HOSTILE = [
 ]
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/phrases.db"
-
-
-@pytest.fixture(
-    params=[
-        "sqlite",
-        pytest.param("postgres", marks=pytest.mark.skipif(not POSTGRES, reason="OUROBOROS_TEST_POSTGRES has no URL")),
-    ]
-)
-def any_url(request: pytest.FixtureRequest, url: str) -> Iterator[str]:
-    """An empty database of each backend; on PostgreSQL a schema of its own."""
-    if request.param == "sqlite":
-        yield url
-        return
-    schema = f"ouroboros_test_{uuid4().hex}"
-    engine = create_engine(POSTGRES, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(text(f"CREATE SCHEMA {schema}"))
-        yield make_url(POSTGRES).update_query_dict({"options": f"-csearch_path={schema}"}).render_as_string(False)
-        connection.execute(text(f"DROP SCHEMA {schema} CASCADE"))
-    engine.dispose()
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits for locks as often, but not as long."""
-    monkeypatch.setattr(sqlite_file, "BUSY_MILLISECONDS", 20)
-    monkeypatch.setattr(database, "_PAUSES", (0.01, 0.01, 0.01))
-
-
 @pytest.fixture(autouse=True)
 def strict() -> Iterator[None]:
     """A warning that a test does not expect fails it."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
-
-
-def path_of(url: str) -> Path:
-    return Path(str(make_url(url).database))
-
-
-def remember(url: str, scope: str, *runs: list[int], fingerprint: str = "f") -> None:
-    with PhraseStore(url) as store:
-        pool = store.open(scope, fingerprint=fingerprint)
-        for run in runs:
-            pool.add(run)
-
-
-def recall(url: str, scope: str, tail: list[int], fingerprint: str = "f") -> list[tuple[int, ...]]:
-    with PhraseStore(url) as store:
-        return [phrase.token_ids for phrase in store.open(scope, fingerprint=fingerprint).match(tail)]
 
 
 def python(code: str, *arguments: str) -> str:

@@ -96,6 +96,7 @@ class Pools:
         """Keep a scope in memory only from now on, in pools that begin empty."""
         if scope not in self._ephemeral:
             self._ephemeral.add(scope)
+            self._writer.forget(scope)
             for pool in self._all():
                 if pool.key.scope == scope:
                     self._kept.pop(pool.key, None)

@@ -59,11 +59,11 @@ def prune(connection: Connection, scope: str | None, bounds: Bounds) -> tuple[in
         _heal_clock(connection, chosen)
     of_chosen = runs.c.scope_id.in_(chosen)
     dropped = _least_recent(of_chosen, bounds)
-    touched = list(connection.scalars(select(distinct(runs.c.scope_id)).where(runs.c.id.in_(dropped))))
+    touched = list(connection.scalars(select(runs.c.scope_id).where(runs.c.id.in_(dropped)).distinct()))
     count = _drop(connection, dropped)
     if before is not None:
         connection.execute(delete(notes).where(notes.c.scope_id.in_(chosen), notes.c.last_used < before))
-    names = list(connection.scalars(select(distinct(scopes.c.name)).where(scopes.c.id.in_(touched))))
+    names = list(connection.scalars(select(scopes.c.name).where(scopes.c.id.in_(touched)).distinct()))
     connection.execute(
         update(scopes)
         .where(scopes.c.id.in_(touched))
