@@ -1,4 +1,4 @@
-"""From a URL or an engine to a database that is ready: checked, migrated, and patient with other writers."""
+"""A database that is ready: checked, migrated, and patient with other writers."""
 
 from __future__ import annotations
 
@@ -8,24 +8,22 @@ import sqlite3
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from sqlalchemy import URL, Connection, Engine, StaticPool, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, SQLAlchemyError
+from sqlalchemy import Connection, Engine, StaticPool
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
-from ouroboros_llm.errors import MissingExtraError, StoreError, StoreUnavailableError
+from ouroboros_llm.errors import StoreError, StoreUnavailableError
 
 from . import sqlite_file
-from .migrations import BACKENDS, MIGRATIONS, migrate, schema_version
+from .engines import engine_of
+from .migrations import MIGRATIONS, migrate, schema_version
 from .sqlite_file import CorruptFileError, SqliteFile
 
 Result = TypeVar("Result")
 
 # A driver's own errors come bare from a new connection's pragmas, and a full or vanished disk may say so itself.
 DATABASE_ERRORS = (SQLAlchemyError, sqlite3.Error, OSError)
-
-_CONNECT_SECONDS = 5
-"""How long a server may take to answer, unless the URL says otherwise."""
 
 _PAUSES = (0.1, 0.2, 0.4)
 """Seconds between attempts, on top of the database's own waiting."""
@@ -49,7 +47,7 @@ class Database:
             StoreError: not a URL or an engine, or no backend of ours. MissingExtraError: PostgreSQL without its driver.
         """
         self._owned = not isinstance(url_or_engine, Engine)
-        self.engine = _checked(url_or_engine) if isinstance(url_or_engine, Engine) else _engine(_parse(url_or_engine))
+        self.engine = engine_of(url_or_engine)
         self.name = self.engine.url.render_as_string(hide_password=True)
         self.file: SqliteFile | None = None
         self._sqlite = self.engine.dialect.name == "sqlite"
@@ -108,7 +106,7 @@ class Database:
         except StoreError:
             if not self.file.is_frozen():
                 raise
-            self.engine = _engine(self.file.immutable_url())
+            self.engine = engine_of(self.file.immutable_url())
             self._prepare(create=False)
 
     def _prepare(self, create: bool) -> None:
@@ -237,59 +235,4 @@ def _check_version(name: str, version: int, create: bool) -> None:
         raise StoreError(
             f"store {name} needs tables of schema version {known}, but has version {version} (0: none), and "
             "create=False; open it once with create=True"
-        )
-
-
-def _checked(engine: Engine) -> Engine:
-    _check_backend(engine.url, engine.dialect.is_async)
-    return engine
-
-
-def _parse(url: object) -> URL:
-    if isinstance(url, URL):
-        return url
-    if not isinstance(url, str):
-        raise StoreError(f"store must be a database URL or a SQLAlchemy engine, but got {type(url).__name__}")
-    if "://" not in url:
-        raise StoreError(f"store must be a database URL, but got {url!r}; for a SQLite file write 'sqlite:///{url}'")
-    try:
-        return make_url(url)
-    except (ArgumentError, ValueError) as error:
-        raise StoreError(f"store must be a database URL such as 'sqlite:///phrases.db': {error}") from error
-
-
-def _engine(url: URL) -> Engine:
-    """An engine of our own, configured for its backend. Connects to nothing yet."""
-    _check_backend(url)
-    if url.drivername in ("postgresql", "postgres"):
-        url = url.set(drivername="postgresql+psycopg")
-    try:
-        engine = create_engine(url, hide_parameters=True, **_engine_options(url))
-    except (ArgumentError, NoSuchModuleError) as error:
-        raise StoreError(f"store {url.render_as_string()} cannot be used: {reason(error)}") from error
-    except ImportError as error:
-        if url.get_driver_name() == "psycopg":
-            raise MissingExtraError("psycopg", "postgres") from error
-        raise StoreError(f"store {url.render_as_string()} needs a driver that is not installed: {error}") from error
-    _check_backend(url, engine.dialect.is_async)
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", sqlite_file.set_pragmas)
-    return engine
-
-
-def _engine_options(url: URL) -> dict[str, Any]:
-    if url.get_backend_name() != "sqlite":
-        timeout = {} if "connect_timeout" in url.query else {"connect_timeout": _CONNECT_SECONDS}
-        return {"pool_pre_ping": True, "connect_args": timeout}
-    if sqlite_file.in_memory(url):
-        # One connection for all threads; with SQLAlchemy's default each would have an empty database of its own.
-        return {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
-    return {}
-
-
-def _check_backend(url: URL, is_async: bool = False) -> None:
-    if url.get_backend_name() not in (*BACKENDS, "postgres") or is_async:
-        raise StoreError(
-            f"store must be {' or '.join(BACKENDS)} with a synchronous driver, but got {url.drivername!r}; "
-            "write 'sqlite:///PATH' or 'postgresql+psycopg://USER@HOST/DATABASE'"
         )
