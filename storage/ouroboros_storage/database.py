@@ -167,14 +167,18 @@ class Database:
     def _attempt(self, action: Callable[[Connection], Result], patient: bool) -> Result:
         for pause in _PAUSES if patient else ():
             try:
-                with self.engine.begin() as connection:
-                    return action(connection)
+                return self._once(action, patient)
             except DBAPIError as error:
                 if not self._may_pass(error):
                     raise
             # Writers that collided once would collide again if they all waited equally long.
             time.sleep(pause * random.uniform(0.5, 1.5))
+        return self._once(action, patient)
+
+    def _once(self, action: Callable[[Connection], Result], patient: bool) -> Result:
         with self.engine.begin() as connection:
+            if self._sqlite and self._owned:
+                sqlite_file.wait(connection, patient)
             return action(connection)
 
     def _may_pass(self, error: DBAPIError) -> bool:

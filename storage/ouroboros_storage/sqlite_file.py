@@ -18,6 +18,9 @@ from ouroboros_llm.errors import StoreError
 BUSY_MILLISECONDS = 1000
 """How long SQLite itself waits for another writer."""
 
+HURRIED_MILLISECONDS = 50
+"""The same, where it failed the last time: turns should not wait a second each until it works again."""
+
 _CHECKED_BYTES = 256 << 20
 """Larger files are not read through when they are opened: a second per gigabyte or more would be noticed."""
 
@@ -139,6 +142,11 @@ def check(connection: Connection) -> None:
     found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
     if found != "ok":
         raise CorruptFileError(f"damaged SQLite file: {found}")
+
+
+def wait(connection: Connection, patient: bool) -> None:
+    """How long this connection waits for others from now on."""
+    connection.exec_driver_sql(f"PRAGMA busy_timeout = {BUSY_MILLISECONDS if patient else HURRIED_MILLISECONDS}")
 
 
 def begin(connection: Connection) -> None:
