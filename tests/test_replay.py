@@ -127,6 +127,12 @@ class TestCommand:
         result = self.run(file, *arguments)
         assert result.exit_code == 2 and "Traceback" not in result.output
 
+    def test_a_file_without_traces_is_said(self, tmp_path: Path) -> None:
+        path = tmp_path / "empty.jsonl"
+        path.write_text("\n")
+        result = self.run(path)
+        assert result.exit_code == 1 and "no trace in there" in result.output
+
     def test_what_is_no_trace_is_said(self, tmp_path: Path) -> None:
         path = tmp_path / "other.jsonl"
         path.write_text('{"prompt": "x"}\n')

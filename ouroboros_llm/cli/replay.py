@@ -63,6 +63,8 @@ def replay(
     from ..traces import read_traces
 
     recorded = [trace for path in traces for trace in read_traces(path)]
+    if not recorded:
+        raise click.ClickException(f"{', '.join(map(str, traces))}: no trace in there; `ouroboros record` writes them")
     *_, scores = replayed(recorded, cost=cost, width=width, drafters=drafters, cold=cold, passes=passes)
     found = report(scores)
     if as_json:
