@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ModelDownloadError, ModelError, OptionError, UnknownModelError
-from .packaged import console, fetch, registry
+from .packaged import cache_folder, console, fetch, registry
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +95,38 @@ def load(name: str | Path, *, device: str | torch.device = "auto", dtype: str | 
         raise ModelError(f"model {str(name)!r} cannot be loaded as a causal language model: {reason}") from error
     model = model.to(place)
     return LoadedModel(model.train(False), tokenizer, str(name))
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, without its weights, from files that are on this machine already: nothing is fetched.
+
+    Raises:
+        UnknownModelError: see `resolve`. ModelError: no tokenizer of it is here.
+    """
+    from transformers import AutoTokenizer
+
+    folder = _local(str(name))
+    try:
+        if folder is not None and folder.is_dir():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # broken files make the tokenizers' own code raise anything
+        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {str(error).partition(chr(10))[0]}") from error
+    raise ModelError(f"no tokenizer of {str(name)!r} is on this machine, and none is fetched here; load the model once")
+
+
+def _local(name: str) -> Path | None:
+    """Where a model's tokenizer is, or would be, on this machine. By hub id it is looked up in the hub client's cache:
+    asked for by id, the library would ask the hub, too."""
+    if name.lower() in registry():
+        return cache_folder() / name.lower()
+    if name and (folder := Path(name).expanduser()).is_dir():
+        return folder
+    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise _unknown(name)
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = (try_to_load_from_cache(name, file) for file in ("tokenizer.json", "tokenizer_config.json"))
+    return next((Path(file).parent for file in cached if isinstance(file, str)), None)
 
 
 def _device(torch: Any, device: Any) -> Any:

@@ -371,3 +371,33 @@ def test_packaged_weights_become_a_model() -> None:
     prompt = loaded.tokenizer("The capital of France is", return_tensors="pt")
     output = loaded.model.generate(**prompt, max_new_tokens=4, do_sample=False)
     assert "Paris" in loaded.tokenizer.decode(output[0])
+
+
+def test_a_tokenizer_comes_without_weights_and_is_never_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, downloads: list[str]
+) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise AssertionError("somebody asked the network")
+
+    monkeypatch.setattr("socket.socket.connect", unreachable)
+    monkeypatch.setattr("socket.getaddrinfo", unreachable)
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "org/not-here"):
+        with pytest.raises(ModelError, match=f"no tokenizer of '{name}' is on this machine"):
+            models.load_tokenizer(name)
+    # A relative cache folder makes paths that look like hub ids.
+    monkeypatch.setenv("OUROBOROS_CACHE", "cache")
+    with pytest.raises(ModelError, match="no tokenizer of 'tiny'"):
+        models.load_tokenizer("tiny")
+    assert downloads == []
+    hub = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: str(hub / file))
+    for name, folder in (("Tiny", tmp_path / "cache" / "tiny"), (tmp_path / "saved",) * 2, ("org/cached", hub)):
+        byte_tokenizer().save_pretrained(folder)
+        assert models.load_tokenizer(name).get_vocab() == byte_tokenizer().get_vocab()
+    (hub / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        models.load_tokenizer("org/cached")
+    for name in ("no model", "../org", ""):
+        with pytest.raises(UnknownModelError):
+            models.load_tokenizer(name)

@@ -235,8 +235,8 @@ def _check_version(name: str, version: int, create: bool) -> None:
             f"store {name} has schema version {version}, but this ouroboros-llm knows versions up to {known}; "
             "upgrade ouroboros-llm or choose another database"
         )
-    if version < known and not create:
+    if not version and not create:
         raise StoreError(
-            f"store {name} needs tables of schema version {known}, but has version {version} (0: none), and "
-            "create=False; open it once with create=True"
+            f"store {name} needs tables of schema version {known}, but has none, and create=False; choose a database "
+            "that a store has used, or open it once with create=True"
         )

@@ -21,14 +21,14 @@ _BATCH = 2000
 
 
 def to_line(record: StoredRun | StoredNote) -> str:
-    """A record as one JSON object, times in ISO 8601, notes in base64; no line end."""
+    """A record as one JSON object in ASCII, times in ISO 8601, notes in base64; no line end."""
     fields: dict[str, Any] = {"scope": record.scope, "fingerprint": record.fingerprint}
     if isinstance(record, StoredNote):
         fields |= {"note": record.name, "data": b64encode(record.data).decode()}
     else:
         fields |= {"token_ids": record.token_ids, "count": record.count, "answer": record.answer}
         fields["created"] = record.created.isoformat()
-    return json.dumps(fields | {"last_used": record.last_used.isoformat()}, ensure_ascii=False)
+    return json.dumps(fields | {"last_used": record.last_used.isoformat()})
 
 
 def from_line(line: str) -> StoredRun | StoredNote:
@@ -40,7 +40,8 @@ def from_line(line: str) -> StoredRun | StoredNote:
         return found
     except KeyError as error:
         raise StoreError(f"a line of an export must have {error.args[0]!r}, but got {line!r:.120}") from error
-    except (ValueError, TypeError, AttributeError, OuroborosError) as error:
+    # Deep nesting is a RecursionError, a time before the year 1 an OverflowError.
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError, OuroborosError) as error:
         raise StoreError(f"this is no line of an export: {error}: {line!r:.120}") from error
 
 
