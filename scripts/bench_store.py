@@ -229,7 +229,7 @@ def file_system(path: Path) -> str:
 def conditions(urls: list[str]) -> str:
     folders = [Path(str(make_url(url).database)).absolute().parent for url in urls if url.startswith("sqlite")]
     parts = [
-        "A turn is a run of 100 tokens and 200 notes of 64 bytes, flushed while the database holds the large scope too.",
+        "A turn is a run of 100 tokens and 200 notes of 64 bytes, flushed while the database holds the large scope.",
         f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}, SQLite on",
         ", ".join(dict.fromkeys(map(file_system, folders))) or "no file",
         f"; ouroboros-llm {__version__}, SQLAlchemy {sqlalchemy.__version__}, Python {platform.python_version()}.",

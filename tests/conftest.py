@@ -10,8 +10,8 @@ from uuid import uuid4
 
 import pytest
 import torch
-from databases import POSTGRES
-from sqlalchemy import create_engine, make_url, text
+from databases import POSTGRES, administer, needs_postgres
+from sqlalchemy import make_url
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -152,24 +152,19 @@ def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/phrases.db"
 
 
-@pytest.fixture(
-    params=[
-        "sqlite",
-        pytest.param("postgres", marks=pytest.mark.skipif(not POSTGRES, reason="OUROBOROS_TEST_POSTGRES has no URL")),
-    ]
-)
-def any_url(request: pytest.FixtureRequest, url: str) -> Iterator[str]:
-    """An empty database of each backend; on PostgreSQL a schema of its own."""
-    if request.param == "sqlite":
-        yield url
-        return
+@pytest.fixture
+def postgres_url() -> Iterator[str]:
+    """An empty schema of its own in the database for tests."""
     schema = f"ouroboros_test_{uuid4().hex}"
-    engine = create_engine(POSTGRES, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(text(f"CREATE SCHEMA {schema}"))
-        yield make_url(POSTGRES).update_query_dict({"options": f"-csearch_path={schema}"}).render_as_string(False)
-        connection.execute(text(f"DROP SCHEMA {schema} CASCADE"))
-    engine.dispose()
+    administer(f"CREATE SCHEMA {schema}")
+    yield make_url(POSTGRES).update_query_dict({"options": f"-csearch_path={schema}"}).render_as_string(False)
+    administer(f"DROP SCHEMA {schema} CASCADE")
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=needs_postgres)])
+def any_url(request: pytest.FixtureRequest) -> str:
+    """An empty database of each backend."""
+    return str(request.getfixturevalue("url" if request.param == "sqlite" else "postgres_url"))
 
 
 @pytest.fixture

@@ -5,11 +5,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from sqlalchemy import make_url
+import pytest
+from sqlalchemy import create_engine, make_url, text
 
 from ouroboros_storage import PhraseStore
 
 POSTGRES = os.environ.get("OUROBOROS_TEST_POSTGRES", "")
+needs_postgres = pytest.mark.skipif(not POSTGRES, reason="OUROBOROS_TEST_POSTGRES has no URL: make test-postgres")
+
+
+def administer(statement: str) -> None:
+    """In the database for tests. A connection of its own: tests stop the server."""
+    engine = create_engine(POSTGRES, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(statement))
+    engine.dispose()
 
 
 def path_of(url: str) -> Path:

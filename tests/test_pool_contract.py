@@ -8,7 +8,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from databases import POSTGRES
+from databases import POSTGRES, needs_postgres
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +21,7 @@ BACKENDS = [
     "sqlite-memory",
     "sqlite-file",
     "sqlite-reread",
-    pytest.param("postgres", marks=pytest.mark.skipif(not POSTGRES, reason="OUROBOROS_TEST_POSTGRES has no URL")),
+    pytest.param("postgres", marks=needs_postgres),
 ]
 
 Runs = Sequence[Sequence[int]]
