@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -784,6 +785,8 @@ class Terminal:
         self.process, self.screen = pty.fork()
         if not self.process:
             os.environ |= {"TERM": "xterm", "COLUMNS": "80"}
+            # Programs started in the background ignore Ctrl-C, and pass that on.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             code = (
                 "from importlib.metadata import EntryPoint\nfrom ouroboros_llm.cli import commands, main\n"
                 "commands.entry_points = lambda group: [EntryPoint('pool', 'ouroboros_storage.cli:pool', group)]\n"
