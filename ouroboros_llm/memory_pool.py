@@ -97,6 +97,19 @@ class MemoryPool:
     def stats(self) -> PoolStats:
         return PoolStats(runs=len(self._runs), tokens=self._tokens)
 
+    def holds(self, token_ids: Sequence[int]) -> bool:
+        """Whether this run is in the pool, as it was added."""
+        with self._lock:
+            return _key(token_ids[-self.capacity :]) in self._runs
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether another thread is in here, or was when this process was forked: then it stays so."""
+        if not self._lock.acquire(blocking=False):
+            return True
+        self._lock.release()
+        return False
+
     @property
     def nbytes(self) -> int:
         """Memory of tokens and index; what is kept per run comes to a few hundred bytes each beside it."""
@@ -130,7 +143,7 @@ class MemoryPool:
     def _add(self, run: Run, room: int) -> None:
         """`room`: what this run and those behind it will take."""
         token_ids = run.token_ids[-self.capacity :]
-        key = blake2b(array("q", token_ids).tobytes(), digest_size=16).digest()
+        key = _key(token_ids)
         count, answer = run.count, run.answer
         if key in self._runs:
             shelf, number = self._runs[key]
@@ -158,6 +171,10 @@ class MemoryPool:
             if shelf.counts[number]:
                 self._tokens -= shelf.lengths[number]
                 self._runs.pop(key, None)
+
+
+def _key(token_ids: Sequence[int]) -> bytes:
+    return blake2b(array("q", token_ids).tobytes(), digest_size=16).digest()
 
 
 class _Shelf:

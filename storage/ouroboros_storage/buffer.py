@@ -22,11 +22,15 @@ class Buffer:
     def __init__(self, capacity: int = 64 << 20) -> None:
         """`capacity`: bytes kept at most."""
         self._capacity = capacity
+        self._now = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop everything. Needs no lock: a forked child begins so, where one that another thread held stays locked."""
         # Re-entrant: an abandoned stream may be finalized by the garbage collector at any allocation, in here too.
         self._lock = threading.RLock()
         self._runs: OrderedDict[tuple[ScopeKey, bytes], PendingRun] = OrderedDict()
         self._size = 0
-        self._now = 0
 
     def add(self, key: ScopeKey, data: bytes, *, answer: bool = True) -> None:
         """Remember a run by its encoded token ids; the empty one only makes its scope exist."""
@@ -104,6 +108,10 @@ class NoteBuffer:
     _CAPACITY = 200_000
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """As for `Buffer`."""
         self._lock = threading.RLock()
         self._notes: dict[ScopeKey, dict[str, bytes]] = {}
 

@@ -104,7 +104,13 @@ class StoredPool:
     def mark_flushed(self, found: Iterable[bytes], scope: Identity) -> None:
         """These runs are rows of the scope now, and no news."""
         if self.belongs_to(scope):
-            self._flushed.update(content_hash(data) for data in found)
+            # What was added before the pool had to start anew is not in memory: to this pool it is news.
+            self._flushed.update(content_hash(data) for data in found if self._memory.holds(decode(data)))
+
+    def leave_parent(self) -> None:
+        """In a forked child: go on as the process's own. What another thread was changing at the fork is dropped."""
+        if self._memory.is_locked:
+            self.forget()
 
     def leave_file(self) -> None:
         """The database is another one now, with nothing of this scope; what is in memory stays."""

@@ -48,30 +48,31 @@ class Pools:
     def open(self, key: ScopeKey) -> StoredPool:
         """The pool, up to date with the database as far as that answers."""
         pool = self._pools.get(key)
-        fresh = pool is None
+        began = pool and pool.generation
         if pool is None:
             pool = self._pools[key] = self._new(key)
-        if not self.read(pool) or fresh:
+        self.read(pool)
+        if pool.generation is not began:
             pool.load_pending(self._writer.runs.runs(key))
         if not pool.notes_read:
             self._read_notes(pool)
         self._keep(pool)
         return pool
 
-    def read(self, pool: StoredPool) -> bool:
+    def read(self, pool: StoredPool) -> None:
         """Bring a pool up to date with the database; where that fails it stays as it is, until it is opened again.
 
-        False where the pool had to start anew, because its scope was deleted or pruned elsewhere.
+        It starts anew where its scope was deleted or pruned elsewhere, or the whole file.
         """
-        known, patient = True, not self._outage.failing
         if pool.key.scope in self._ephemeral:
-            return known
+            return
+        patient = not self._outage.failing
         try:
             found = self._database.read(partial(rows.position, key=pool.key), patient=patient)
             self._writer.runs.begin_after(found.last_used)
-            known = pool.belongs_to(found.scope)
+            pool.belongs_to(found.scope)
             if found.newest == pool.newest_read:
-                return known
+                return
             # Ids are bounded on both sides, so that a run written between the two queries is left to the next opening.
             news = self._database.read(
                 lambda connection: rows.read_runs(connection, pool.key, pool.newest_read, found.newest, self._capacity),
@@ -80,7 +81,6 @@ class Pools:
             pool.load(news, found.newest)
         except (StoreError, *DATABASE_ERRORS) as error:
             self._outage.mention("read", error)
-        return known
 
     def read_all(self) -> None:
         for pool in self._all():
@@ -126,6 +126,11 @@ class Pools:
                 pool.leave_file()
             elif pool.key.scope not in self._ephemeral:
                 pool.forget()
+
+    def leave_parent(self) -> None:
+        """In a forked child."""
+        for pool in self._all():
+            pool.leave_parent()
 
     def release(self) -> None:
         """Hold no pool any longer."""

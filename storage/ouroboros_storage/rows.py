@@ -37,15 +37,19 @@ class Position:
     scope: Identity | None
     """None where the scope has no row."""
     last_used: int
-    """Microseconds; 0 where the scope has no row."""
+    """When the scope, or the run that was written last, was used: what is added now is later, whatever the clock says.
+    Microseconds; 0 where there is nothing."""
     newest: int
     """The highest id of any run, of whatever scope."""
 
 
 def position(connection: Connection, key: ScopeKey) -> Position:
-    newest = connection.scalar(select(func.max(runs.c.id))) or 0
+    latest = connection.execute(select(runs.c.id, runs.c.last_used).order_by(runs.c.id.desc()).limit(1)).one_or_none()
+    newest, last_used = tuple(latest) if latest else (0, 0)
     row = connection.execute(_scope(key, scopes.c.id, scopes.c.generation, scopes.c.last_used)).one_or_none()
-    return Position((row.id, row.generation), row.last_used, newest) if row else Position(None, 0, newest)
+    if row is None:
+        return Position(None, last_used, newest)
+    return Position((row.id, row.generation), max(row.last_used, last_used), newest)
 
 
 def read_runs(connection: Connection, key: ScopeKey, after: int, up_to: int, capacity: int) -> list[ReadRun]:

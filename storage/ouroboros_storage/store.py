@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import TypeVar
+from weakref import WeakSet
 
 from sqlalchemy import URL, Connection, Engine
 
@@ -87,6 +89,7 @@ class PhraseStore:
             ephemeral=check_scopes(tuple(ephemeral)),
             refresh=self._refresh,
         )
+        _stores.add(self)
         if self._database.file is not None:
             self._database.file.check(create)
             if self._database.file.path.exists():
@@ -300,6 +303,12 @@ class PhraseStore:
         self._pools.discard_ephemeral()
         self._writer.write(self._pools.mark_flushed, patient=patient)
 
+    def _leave_parent(self) -> None:
+        """In a forked child: locks that other threads held stay locked, and what waits is the parent's to write."""
+        self._lock = threading.RLock()
+        self._writer.leave_parent()
+        self._pools.leave_parent()
+
     def _refresh(self, pool: StoredPool) -> None:
         with self._lock:
             self._check_open()
@@ -363,3 +372,15 @@ class PhraseStore:
     def _check_open(self) -> None:
         if self._closed:
             raise StoreError(f"store {self._database.name} is closed; open a new PhraseStore")
+
+
+_stores: WeakSet[PhraseStore] = WeakSet()
+
+
+def _leave_parents() -> None:
+    for store in _stores:
+        store._leave_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_parents)

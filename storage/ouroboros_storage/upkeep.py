@@ -208,6 +208,8 @@ def _heal_clock(connection: Connection, chosen: Select[Any]) -> None:
         (scopes, scopes.c.id.in_(chosen)),
     ):
         connection.execute(update(table).where(of_chosen, table.c.last_used > now).values(last_used=now))
+        if "created" in table.c:
+            connection.execute(update(table).where(of_chosen, table.c.created > now).values(created=now))
 
 
 def _last_used() -> Any:

@@ -67,3 +67,9 @@ class Writer:
         """Drop what was added to a scope, for every tokenizer."""
         self.runs.forget(scope)
         self.notes.forget(scope)
+
+    def leave_parent(self) -> None:
+        """In a forked child: what was gathered before is the parent's to write."""
+        self.runs.clear()
+        self.notes.clear()
+        self._writing = False
