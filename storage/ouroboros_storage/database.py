@@ -95,19 +95,23 @@ class Database:
         if self.file is None:
             self._prepare(self._create)
             return
-        self.file.prepare(self._create)
         try:
-            self._prepare(self._create)
+            self._open_file(self.file)
         except CorruptFileError as error:
             if not self._may_replace():
                 raise
             self._set_aside(str(error))
-            self._prepare(self._create)
+            self._open_file(self.file)
         except StoreError:
             if not self.file.is_frozen():
                 raise
             self.engine = engine_of(self.file.immutable_url())
             self._prepare(create=False)
+
+    def _open_file(self, file: SqliteFile) -> None:
+        with file.opening():
+            file.prepare(self._create)
+            self._prepare(self._create)
 
     def _prepare(self, create: bool) -> None:
         """Check the database and bring its tables up to date."""
@@ -154,7 +158,6 @@ class Database:
         warnings.warn(
             f"{what}; it is kept as {self.file.set_aside()} and a new one started", RuntimeWarning, stacklevel=5
         )
-        self.file.prepare(create=True)
 
     def _writing(self, action: Callable[[Connection], Result]) -> Callable[[Connection], Result]:
         def transaction(connection: Connection) -> Result:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from urllib.parse import quote, unquote, urlsplit
 from sqlalchemy import URL, Connection
 
 from ouroboros_llm.errors import StoreError
+
+try:
+    import fcntl
+except ImportError:  # Windows, which does not let an open file be renamed anyway
+    fcntl = None  # type: ignore[assignment]
 
 BUSY_MILLISECONDS = 1000
 """How long SQLite itself waits for another writer."""
@@ -70,19 +76,20 @@ class SqliteFile:
             raise self._unusable(error) from error
 
     def set_aside(self) -> Path:
-        """Rename the file and its companions to `*.corrupt-<time>`; returns the new name."""
-        moved = self._free_name()
-        # Another process may have found the damage first and put a sound file here.
-        if self._identify() != self._identity:
-            return moved
+        """Rename the file and its companions to `*.corrupt-<time>` and leave an empty file; returns the new name."""
         try:
-            for companion in _COMPANIONS:
-                source = self.path.with_name(self.path.name + companion)
-                if source.exists():
-                    os.replace(source, moved.with_name(moved.name + companion))
+            with _locked(self.path.parent, exclusively=True):
+                moved = self._free_name()
+                # Another process may have found the damage first and put a sound file here.
+                if self.is_same():
+                    self._exchange(moved)
+                return moved
         except OSError as error:
             raise StoreError(f"damaged store file {self.path} cannot be set aside: {error.strerror}") from error
-        return moved
+
+    def opening(self) -> AbstractContextManager[None]:
+        """While this lasts, no process exchanges the file: what is opened is the one that was prepared."""
+        return _locked(self.path.parent, exclusively=False)
 
     def is_same(self) -> bool:
         """Whether the file is still the one that was prepared, not deleted, moved or replaced since."""
@@ -112,6 +119,19 @@ class SqliteFile:
             # SQLite gives its companion files the mode of this one.
             os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600))
 
+    def _exchange(self, moved: Path) -> None:
+        # There is a file at all times, or another process would have SQLite make one, which everybody could read.
+        for companion in _COMPANIONS[1:]:
+            with suppress(FileNotFoundError):
+                os.replace(self.path.with_name(self.path.name + companion), moved.with_name(moved.name + companion))
+        empty = moved.with_name(f"{moved.name}-new")
+        os.close(os.open(empty, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600))
+        try:
+            os.link(self.path, moved)
+        except OSError:  # a file system without links
+            os.replace(self.path, moved)
+        os.replace(empty, self.path)
+
     def _free_name(self) -> Path:
         now = datetime.now()
         while (name := self.path.with_name(f"{self.path.name}.corrupt-{now:%Y%m%dT%H%M%S}")).exists():
@@ -124,6 +144,22 @@ class SqliteFile:
         except FileNotFoundError:
             return None
         return status.st_dev, status.st_ino
+
+
+@contextmanager
+def _locked(folder: Path, *, exclusively: bool) -> Iterator[None]:
+    """Share a folder with other processes of ours, or have it alone.
+
+    Who exchanges a file must be alone: a log and its index that somebody opens just then would belong to both files.
+    """
+    with ExitStack() as cleanup:
+        # Where there is no folder yet, or one that may not be listed, or Windows: nobody else is to be expected.
+        with suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            cleanup.callback(os.close, descriptor)
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX if exclusively else fcntl.LOCK_SH)
+        yield
 
 
 def set_pragmas(connection: sqlite3.Connection, _: Any) -> None:
