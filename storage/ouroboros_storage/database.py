@@ -66,7 +66,7 @@ class Database:
         """
         self._leave_parent()
         if self._ready and self.file is not None and not self.file.is_same():
-            self._leave_file()
+            self._leave_file(self.file)
         if not self._ready:
             self._open()
             self._ready = True
@@ -112,6 +112,7 @@ class Database:
         with file.opening():
             file.prepare(self._create)
             self._prepare(self._create)
+            file.note_log()
 
     def _prepare(self, create: bool) -> None:
         """Check the database and bring its tables up to date."""
@@ -129,8 +130,9 @@ class Database:
             self.close()
             raise _kind(error)(f"store {self.name} cannot be used: {reason(error)}") from error
 
-    def _leave_file(self) -> None:
+    def _leave_file(self, file: SqliteFile) -> None:
         self.close()
+        file.drop_log()
         self._ready = False
         warnings.warn(
             f"{self.name} was deleted or replaced while in use; it is opened anew", RuntimeWarning, stacklevel=5

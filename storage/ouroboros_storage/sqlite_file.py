@@ -51,11 +51,12 @@ class SqliteFile:
         self.path = Path(unquote(urlsplit(database).path) if uri else database).absolute()
         self.read_only = uri and url.query.get("mode") == "ro" or "mode=ro" in database
         self._identity: tuple[int, int] | None = None
+        self._log: tuple[int, int] | None = None
 
     def check(self, create: bool) -> None:
         """Raise StoreError where there is neither a file nor a place for one. Makes nothing."""
         try:
-            if self._identify() is not None:
+            if _identify(self.path) is not None:
                 return
             if not create or self.read_only:
                 raise StoreError(f"store file {self.path} does not exist, and may not be created; correct the path")
@@ -71,7 +72,7 @@ class SqliteFile:
         try:
             if create and not self.read_only:
                 self._create()
-            self._identity = self._identify()
+            self._identity = _identify(self.path)
         except (OSError, ValueError) as error:
             raise self._unusable(error) from error
 
@@ -93,16 +94,31 @@ class SqliteFile:
 
     def is_same(self) -> bool:
         """Whether the file is still the one that was prepared, not deleted, moved or replaced since."""
-        return self._identify() == self._identity
+        same = _identify(self.path) == self._identity
+        if same:
+            self.note_log()
+        return same
+
+    def note_log(self) -> None:
+        """Remember which log belongs to the file."""
+        self._log = _identify(self._companion("-wal"))
+
+    def drop_log(self) -> None:
+        """After the file was exchanged, and our connections closed: SQLite must not read the old one's log into it."""
+        log = self._companion("-wal")
+        if self._log is not None and _identify(log) == self._log:
+            for path in (log, self._companion("-shm")):
+                with suppress(OSError):
+                    path.unlink()
 
     def nbytes(self) -> int:
         """Size of the file and its companions."""
-        paths = (self.path.with_name(self.path.name + companion) for companion in _COMPANIONS)
+        paths = (self._companion(companion) for companion in _COMPANIONS)
         return sum(path.stat().st_size for path in paths if path.exists())
 
     def is_frozen(self) -> bool:
         """Whether nothing can be written beside the file, not even what SQLite needs for reading next to a writer."""
-        wal = self.path.with_name(self.path.name + "-wal")
+        wal = self._companion("-wal")
         return self.path.is_file() and not os.access(self.path.parent, os.W_OK) and not wal.exists()
 
     def immutable_url(self) -> URL:
@@ -123,7 +139,7 @@ class SqliteFile:
         # There is a file at all times, or another process would have SQLite make one, which everybody could read.
         for companion in _COMPANIONS[1:]:
             with suppress(FileNotFoundError):
-                os.replace(self.path.with_name(self.path.name + companion), moved.with_name(moved.name + companion))
+                os.replace(self._companion(companion), moved.with_name(moved.name + companion))
         empty = moved.with_name(f"{moved.name}-new")
         os.close(os.open(empty, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600))
         try:
@@ -138,12 +154,8 @@ class SqliteFile:
             now += timedelta(seconds=1)
         return name
 
-    def _identify(self) -> tuple[int, int] | None:
-        try:
-            status = self.path.stat()
-        except FileNotFoundError:
-            return None
-        return status.st_dev, status.st_ino
+    def _companion(self, suffix: str) -> Path:
+        return self.path.with_name(self.path.name + suffix)
 
 
 @contextmanager
@@ -160,6 +172,14 @@ def _locked(folder: Path, *, exclusively: bool) -> Iterator[None]:
             if fcntl is not None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX if exclusively else fcntl.LOCK_SH)
         yield
+
+
+def _identify(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def set_pragmas(connection: sqlite3.Connection, _: Any) -> None:
