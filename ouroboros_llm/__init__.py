@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         OptionError,
         OuroborosError,
         PromptError,
+        SnapshotError,
         StoreError,
         TokenizerMismatchError,
         UnknownModelError,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .ouroboros import Ouroboros
     from .phrases import Phrase, PhrasePool, PoolSource
     from .statistics import DecodingStatistics, GenerationResult, Piece, Usage
+    from .workspaces import KVUsage, kv_usage, limit_kv_bytes
 
 __version__ = "0.1.0"
 
@@ -31,6 +33,7 @@ __all__ = [
     "DecodingOptions",
     "DecodingStatistics",
     "GenerationResult",
+    "KVUsage",
     "MemoryPool",
     "MissingExtraError",
     "ModelDownloadError",
@@ -43,6 +46,7 @@ __all__ = [
     "Piece",
     "PoolSource",
     "PromptError",
+    "SnapshotError",
     "StoreError",
     "TokenizerMismatchError",
     "UnknownModelError",
@@ -50,6 +54,8 @@ __all__ = [
     "__version__",
     "custom_generate",
     "documents_pool",
+    "kv_usage",
+    "limit_kv_bytes",
     "read_documents",
 ]
 
@@ -62,6 +68,7 @@ _MODULES = {
     "OptionError": "errors",
     "OuroborosError": "errors",
     "PromptError": "errors",
+    "SnapshotError": "errors",
     "StoreError": "errors",
     "TokenizerMismatchError": "errors",
     "UnknownModelError": "errors",
@@ -78,6 +85,9 @@ _MODULES = {
     "GenerationResult": "statistics",
     "Piece": "statistics",
     "Usage": "statistics",
+    "KVUsage": "workspaces",
+    "kv_usage": "workspaces",
+    "limit_kv_bytes": "workspaces",
 }
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import ModelError, OptionError, TokenizerMismatchError
-from .session import Workspace
 from .target.eager import vocabulary_size
 from .target.prepared import PreparedModel, prepare
 from .text import vocabulary_hash
@@ -39,7 +38,7 @@ def load_draft(
             f"but it has {vocabulary_size(draft)}; choose a smaller model of the same family"
         )
     prepared = prepare(draft)
-    if not Workspace(prepared.start()).reusable:
+    if not prepared.start().can_rewind:
         raise ModelError(
             "draft_model must be able to drop tokens it has read, but "
             f"{draft.config._name_or_path or type(draft).__name__} keeps states that cannot be rewound; "

@@ -8,6 +8,7 @@
     * UnknownModelError: no such registry name, folder or hub id
     * ModelDownloadError: the weights cannot be had
     * TokenizerMismatchError: draft and target models do not share a vocabulary
+  * SnapshotError: a session cannot be written to a file, or not be read from it
   * StoreError: a phrase store cannot be used
     * StoreUnavailableError: its database does not answer now, but may later
   * MissingExtraError (also ImportError): an optional dependency is not installed
@@ -44,6 +45,10 @@ class ModelDownloadError(ModelError):
 
 class TokenizerMismatchError(ModelError):
     """Draft model and target model do not share a vocabulary, so drafts would be noise."""
+
+
+class SnapshotError(OuroborosError):
+    """A session cannot be written to a file, or the file is of another model, tokenizer or scope, or damaged."""
 
 
 class StoreError(OuroborosError):

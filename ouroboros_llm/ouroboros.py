@@ -10,18 +10,20 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import snapshot
 from .draft_pair import load_draft
 from .drafting.memory import Memory
 from .errors import ContextLengthError, OptionError, PromptError
 from .options import DecodingOptions
 from .phrases import PhrasePool, PoolSource, check_scope, check_scopes
-from .session import Session, Sessions, Workspace
+from .session import Session, Sessions
 from .sources import flush, open_pool, open_source
 from .statistics import GenerationResult, Piece
 from .target.eager import vocabulary_size
-from .target.prepared import prepare
+from .target.prepared import locked, prepare
 from .text import Prompt, encode, vocabulary_hash
 from .turn import Turn
+from .workspaces import KVUsage, Workspace
 
 DEFAULT_SCOPE = "conversation:default"
 """Where phrases go when no scope is named: one user's own. Never read once a scope is named."""
@@ -161,15 +163,82 @@ class Ouroboros:
         options = DecodingOptions() if options is None else options
         if not isinstance(options, DecodingOptions):
             raise OptionError(f"options must be DecodingOptions or None, but got {type(options).__name__}")
-        prompt_ids = self.encode(prompt, tools=tools)
-        if max(prompt_ids) >= vocabulary_size(self.model):
-            raise PromptError(
-                f"prompt holds the token id {max(prompt_ids)}, but {self.name} knows ids below "
-                f"{vocabulary_size(self.model)}; use the tokenizer that belongs to the model"
-            )
+        prompt_ids = self._checked(self.encode(prompt, tools=tools))
         limit = self._limit(len(prompt_ids), options)
         session = self._sessions.open(check_scope(DEFAULT_SCOPE if scope is None else scope))
         return self._stream(prompt_ids, limit, session, check_scopes(read_scopes), options)
+
+    def keep_prefix(
+        self,
+        prompt: Prompt,
+        *,
+        scope: str | None = None,
+        name: str = "default",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> int:
+        """Read what many prompts of a scope begin with, a system prompt and tools say, and keep it in memory.
+
+        Later turns of the scope, also several at once, go on from copies of it. It stays until `drop_prefix`, `close`,
+        or the scope's deletion, whatever room others need.
+
+        Args:
+            prompt: as for `stream`; messages are read without the opening of an answer behind them.
+            name: of the prefix in its scope; what had that name before is dropped.
+
+        Returns:
+            Its tokens.
+
+        Raises:
+            PromptError, ContextLengthError, OptionError: also where it would not fit into the limit of `kv_usage`.
+        """
+        prompt_ids = self._checked(encode(self.tokenizer, prompt, tools, answering=False))
+        self._limit(len(prompt_ids), DecodingOptions())
+        session = self._session(scope)
+        workspace = self._sessions.take(session, prompt_ids, self._start, copies=True)
+        with locked(self._prepared, self._draft):
+            workspace.read(prompt_ids, self._draft.context_length if self._draft else None)
+        self._sessions.keep(session, name, workspace)
+        return len(prompt_ids)
+
+    def drop_prefix(self, *, scope: str | None = None, name: str = "default") -> None:
+        """Free what `keep_prefix` kept under this name, if anything."""
+        self._sessions.drop(self._session(scope), name)
+
+    def save_session(self, scope: str | None, path: str | Path) -> int:
+        """Write the keys and values of a scope to a file, so that another process need not read its prompts again.
+
+        The file is readable to its owner only, as it tells what the prompts were. It is there whole or not at all.
+
+        Returns:
+            Tokens written, of all conversations that the scope can go on with.
+
+        Raises:
+            SnapshotError: there is nothing to save, or the model's states are not of a kind that can be.
+        """
+        session = self._session(scope)
+        with self._sessions.idle(session) as workspaces:
+            return snapshot.save(path, workspaces, snapshot.identity(self._prepared, self.fingerprint, session.scope))
+
+    def load_session(self, scope: str | None, path: str | Path) -> int:
+        """Go on from what `save_session` wrote, for the same scope, model and tokenizer.
+
+        Returns:
+            Tokens read.
+
+        Raises:
+            SnapshotError: it was written for another scope, model or tokenizer, or is damaged; nothing was loaded.
+        """
+        session = self._session(scope)
+        identity = snapshot.identity(self._prepared, self.fingerprint, session.scope)
+        workspaces = snapshot.load(path, self._start, identity)
+        for workspace in workspaces:
+            self._sessions.give_back(session, workspace)
+        return sum(workspace.length for workspace in workspaces)
+
+    @property
+    def kv_usage(self) -> KVUsage:
+        """Bytes of the keys and values that this object's turns use and left, and the limit for the whole process."""
+        return self._sessions.usage
 
     def flush(self) -> None:
         """Make all phrases durable."""
@@ -194,9 +263,7 @@ class Ouroboros:
         write = open_pool(self.store, session.scope, self.fingerprint)
         session = self._current(session, write)
         self._recall(session, write)
-        workspace = self._sessions.take(session) or Workspace(
-            self._prepared.start(), self._draft.start() if self._draft else None
-        )
+        workspace = self._sessions.take(session, prompt_ids, self._start)
         try:
             turn = Turn(
                 self._prepared,
@@ -216,14 +283,32 @@ class Ouroboros:
             self._sessions.give_back(session, workspace)
             flush(self.store)
 
+    def _checked(self, prompt_ids: list[int]) -> list[int]:
+        """The ids of a prompt, all of them such as the model can look up."""
+        if max(prompt_ids) >= vocabulary_size(self.model):
+            raise PromptError(
+                f"prompt holds the token id {max(prompt_ids)}, but {self.name} knows ids below "
+                f"{vocabulary_size(self.model)}; use the tokenizer that belongs to the model"
+            )
+        return prompt_ids
+
+    def _session(self, scope: str | None) -> Session:
+        """The session of a scope as it is now."""
+        session = self._sessions.open(check_scope(DEFAULT_SCOPE if scope is None else scope))
+        return self._current(session, open_pool(self.store, session.scope, self.fingerprint))
+
     def _current(self, session: Session, pool: PhrasePool) -> Session:
         """The session, or a new one if its scope was deleted since."""
         generation = getattr(pool, "generation", None)
         if session.generation is not None and session.generation != generation:
             self._sessions.forget(session)
             session = self._sessions.open(session.scope)
-        session.generation = generation
+        session.follow(pool)
         return session
+
+    def _start(self) -> Workspace:
+        """A workspace for a turn that finds nothing to go on from."""
+        return Workspace(self._prepared.start(marks=True), self._draft.start() if self._draft else None)
 
     def _recall(self, session: Session, pool: PhrasePool) -> None:
         """Go on from what was learned in the scope before this process."""

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from weakref import ref
 
 from .drafting.lookahead import WindowWorth
 from .drafting.memory import Memory
 from .drafting.worth import Worth
 from .memory_pool import MemoryPool
-from .target.base import TargetModel
-from .target.eager import EagerTarget
-
-KV_BYTES = 1 << 30
-"""Keys and values kept between turns, all sessions of one `Ouroboros` together."""
-
-
-@dataclass(eq=False)
-class Workspace:
-    """Targets that hold the text of one turn; used by one turn at a time."""
-
-    target: TargetModel
-    draft_target: TargetModel | None = None
-
-    @property
-    def reusable(self) -> bool:
-        """Whether a next turn can go on from here instead of reading its prompt anew."""
-        return isinstance(self.target, EagerTarget) and self.target.cache.can_rewind
-
-    @property
-    def nbytes(self) -> int:
-        targets = (self.target, self.draft_target)
-        return sum(target.cache.nbytes for target in targets if isinstance(target, EagerTarget))
+from .phrases import PhrasePool
+from .workspaces import MEMORY, KVUsage, Shelf, Workspace, WorkspaceMemory
 
 
 @dataclass(eq=False)
@@ -59,51 +40,93 @@ class Session:
     window: Window = field(default_factory=Window)
     recalled: bool = False
     """Whether the memories were read from the scope's pool."""
-    idle: Workspace | None = None
-    """What the last turn left; the next one reuses the prefix that their texts share."""
+    shelf: Shelf = field(default_factory=MEMORY.shelf)
+    """What earlier turns left; the next ones reuse the prefixes that their texts share."""
+    pool: Callable[[], PhrasePool | None] = lambda: None
+    """Where the scope's phrases go, as long as its store keeps it open; says when they are deleted."""
+
+    def follow(self, pool: PhrasePool) -> None:
+        """Live as long as the scope's phrases in `pool` do."""
+        self.generation = getattr(pool, "generation", None)
+        if self.generation is not None:
+            self.pool = ref(pool)
+
+    @property
+    def deleted(self) -> bool:
+        """Whether the scope was deleted since the session began to follow it."""
+        pool = self.pool()
+        return pool is not None and self.generation != getattr(pool, "generation", None)
 
 
 class Sessions:
-    """Sessions by scope, bounded in number and in bytes, least recently used first."""
+    """Sessions by scope, bounded in number and, with all others of the process, in bytes; least recently used first."""
 
-    def __init__(self, capacity: int = 256, kv_bytes: int = KV_BYTES) -> None:
-        self._capacity, self._kv_bytes = capacity, kv_bytes
+    def __init__(self, capacity: int = 256, memory: WorkspaceMemory = MEMORY) -> None:
+        """Raises OptionError where the limit in the environment is no number."""
+        self._capacity, self._memory = capacity, memory
+        memory.limit  # noqa: B018  # a limit in the environment that is no number is better told now
         self._sessions: OrderedDict[str, Session] = OrderedDict()
-        # Re-entrant: an abandoned stream may be finalized by the garbage collector at any allocation, in here too.
-        self._lock = threading.RLock()
+        # One lock for sessions and workspaces: neither ever waits for the other.
+        self._lock = memory.lock
 
     def open(self, scope: str) -> Session:
         with self._lock:
-            session = self._sessions.setdefault(scope, Session(scope))
+            if scope not in self._sessions:
+                self._sessions[scope] = Session(scope, shelf=self._memory.shelf())
             self._sessions.move_to_end(scope)
             while len(self._sessions) > self._capacity:
-                self._sessions.popitem(last=False)
-            return session
+                self.forget(next(iter(self._sessions.values())))
+            return self._sessions[scope]
 
-    def take(self, session: Session) -> Workspace | None:
-        """The workspace of the scope's last turn, if no other turn has it."""
-        with self._lock:
-            workspace, session.idle = session.idle, None
-            return workspace
+    def take(
+        self, session: Session, token_ids: Sequence[int], start: Callable[[], Workspace], *, copies: bool = False
+    ) -> Workspace:
+        """What earlier turns of the scope left of a text that begins like `token_ids`, or a new workspace."""
+        return self._memory.take(session.shelf, token_ids, start, copies=copies)
 
     def give_back(self, session: Session, workspace: Workspace) -> None:
-        """Keep a turn's workspace for the next turn of its scope, if it can be rewound and as far as memory allows."""
-        if not workspace.reusable:
-            return
+        """Keep a turn's workspace for the next turns of its scope. Keys and values of deleted scopes are freed here."""
         with self._lock:
-            session.idle = workspace
-            size = 0
-            for other in reversed(self._sessions.values()):
-                size += other.idle.nbytes if other.idle else 0
-                if size > self._kv_bytes:
-                    other.idle = None
+            for other in [other for other in self._sessions.values() if other.deleted]:
+                self.forget(other)
+            if session.deleted:
+                session.shelf.close()
+            self._memory.give_back(session.shelf, workspace)
+
+    def keep(self, session: Session, name: str, workspace: Workspace) -> None:
+        """Keep a prefix under a name. Raises OptionError where there is no room."""
+        self._memory.keep(session.shelf, name, workspace)
+
+    def drop(self, session: Session, name: str) -> None:
+        """Keep the prefix of this name no longer."""
+        with self._lock:
+            session.shelf.prefixes.pop(name, None)
+
+    @contextmanager
+    def idle(self, session: Session) -> Iterator[list[Workspace]]:
+        """The workspaces that no turn uses, out of reach of turns meanwhile."""
+        with self._lock:
+            workspaces, session.shelf.idle = session.shelf.idle, []
+            session.shelf.in_use.update(workspaces)
+        try:
+            yield workspaces
+        finally:
+            for workspace in workspaces:
+                self.give_back(session, workspace)
 
     def forget(self, session: Session) -> None:
         """Drop what a session has read and learned."""
         with self._lock:
+            session.shelf.close()
             if self._sessions.get(session.scope) is session:
                 del self._sessions[session.scope]
 
     def clear(self) -> None:
         with self._lock:
-            self._sessions.clear()
+            for session in list(self._sessions.values()):
+                self.forget(session)
+
+    @property
+    def usage(self) -> KVUsage:
+        with self._lock:
+            return self._memory.usage([session.shelf for session in self._sessions.values()])

@@ -16,9 +16,13 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    answering: bool = True,
 ) -> list[int]:
-    """Token ids of a prompt.
+    """Token ids of a prompt; with `answering`, messages end with the opening of an answer.
 
     Text gets the tokenizer's own special tokens and no chat template; messages go through the chat template straight to
     tokens, because a template's text may already hold the special tokens that the tokenizer would add again.
@@ -29,7 +33,8 @@ def encode(
     if isinstance(prompt, str):
         token_ids = list(tokenizer(prompt)["input_ids"]) if prompt else []
     elif isinstance(prompt, Sequence) and prompt and all(isinstance(item, Mapping) for item in prompt):
-        token_ids = _encode_messages(tokenizer, [dict(cast(Mapping[str, Any], item)) for item in prompt], tools)
+        messages = [dict(cast(Mapping[str, Any], item)) for item in prompt]
+        token_ids = _encode_messages(tokenizer, messages, tools, answering)
     else:
         token_ids = _checked_ids(prompt)
     if not token_ids:
@@ -38,7 +43,10 @@ def encode(
 
 
 def _encode_messages(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    answering: bool,
 ) -> list[int]:
     if not tokenizer.chat_template:
         raise PromptError(
@@ -48,7 +56,7 @@ def _encode_messages(
         encoded: Any = tokenizer.apply_chat_template(
             messages,
             tools=[dict(tool) for tool in tools] if tools else None,
-            add_generation_prompt=True,
+            add_generation_prompt=answering,
             tokenize=True,
             return_dict=True,
         )

@@ -21,12 +21,12 @@ from .drafting.worth import PayingDrafter
 from .options import DecodingOptions
 from .phrases import PhrasePool
 from .sampling import end_token_ids, sampler_for
-from .session import Session, Workspace
+from .session import Session
 from .statistics import FinishReason, GenerationResult, Piece, Tally, Usage
 from .target.base import TargetModel
-from .target.eager import EagerTarget
 from .target.prepared import PreparedModel, locked
 from .text import Transcript
+from .workspaces import Workspace
 
 
 class Turn:
@@ -59,7 +59,7 @@ class Turn:
 
     def pieces(self) -> Iterator[Piece]:
         """Text as it comes; the last piece carries the result. What was said is learned even if nobody listens on."""
-        rounds, cached = self._rounds(), self._cached()
+        rounds, cached = self._rounds(), self._workspace.target.common_prefix(self._prompt_ids)
         try:
             while not self._transcript.ended and (round := self._next(rounds)):
                 yield Piece(*self._transcript.push(round.token_ids))
@@ -156,10 +156,6 @@ class Turn:
             return drafter
         window = self._session.window
         return lookahead.LookaheadDrafter(drafter, window.pool, window=10, length=5, worth=window.worth)
-
-    def _cached(self) -> int:
-        target = self._workspace.target
-        return target.common_prefix(self._prompt_ids) if isinstance(target, EagerTarget) else 0
 
     def _result(self, cached: int) -> GenerationResult:
         token_ids = tuple(self._transcript.token_ids)

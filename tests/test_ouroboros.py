@@ -12,7 +12,6 @@ import torch
 from conftest import byte_tokenizer, plain, tiny_model
 from transformers import PreTrainedTokenizerFast
 
-import ouroboros_llm.session
 from ouroboros_llm import (
     ContextLengthError,
     DecodingOptions,
@@ -25,6 +24,8 @@ from ouroboros_llm import (
     TokenizerMismatchError,
 )
 from ouroboros_llm.memory_pool import MemorySource
+from ouroboros_llm.session import Sessions
+from ouroboros_llm.workspaces import WorkspaceMemory
 from ouroboros_storage import PhraseStore
 
 PROMPT = "the cat sat on the mat, the dog"
@@ -119,8 +120,8 @@ def test_a_conversation_reuses_its_prefix(tiny_ouroboros: Ouroboros) -> None:
     assert result.usage.prompt_tokens == len(second)
 
 
-def test_kept_keys_and_values_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    sessions = ouroboros_llm.session.Sessions(capacity=3, kv_bytes=1)
+def test_kept_keys_and_values_are_bounded() -> None:
+    sessions = Sessions(capacity=3, memory=WorkspaceMemory(limit=1))
     with Ouroboros(tiny_model(), byte_tokenizer()) as ouroboros:
         ouroboros._sessions = sessions
         for number in range(5):
@@ -315,12 +316,6 @@ def test_what_was_learned_is_there_for_the_next_process(tmp_path: Path) -> None:
             # Another scope knows nothing of it.
             ouroboros.generate(PROMPT, scope="d", options=DecodingOptions(max_new_tokens=1))
             assert len(ouroboros._sessions.open("d").memory.successors) < len(session.memory.successors)
-
-
-def test_models_without_rewinding_keep_no_states() -> None:
-    with Ouroboros(tiny_model("lfm2_chains"), byte_tokenizer()) as ouroboros:
-        ouroboros.generate(PROMPT, scope="c", options=OPTIONS)
-        assert ouroboros._sessions.open("c").idle is None
 
 
 def test_collecting_an_abandoned_stream_inside_a_lock_does_not_deadlock(tiny_ouroboros: Ouroboros) -> None:

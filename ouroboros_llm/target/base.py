@@ -59,3 +59,32 @@ class TargetModel(Protocol):
 
     def cost(self, width: int) -> float:
         """The time of a pass over `width` tokens in units of a pass over one."""
+
+
+@runtime_checkable
+class KeptTarget(TargetModel, Protocol):
+    """A target that can go on from what another turn left in it."""
+
+    @property
+    def can_rewind(self) -> bool:
+        """Whether `reach` reaches every length."""
+
+    @property
+    def reusable(self) -> bool:
+        """Whether a next text can go on from here: false after a pass that failed, unless that can be taken back."""
+
+    def common_prefix(self, token_ids: Sequence[int]) -> int:
+        """Tokens of `token_ids` that need no prefill, never all of them: the last one's logits are wanted."""
+
+    def reach(self, length: int) -> int:
+        """The longest text of at most `length` tokens that `rewind` can go back to without reading it again."""
+
+    def fork(self, length: int) -> KeptTarget:
+        """Another target that holds the first `length` tokens, to which `reach` must reach, in storage of its own."""
+
+    def shrink(self, length: int) -> None:
+        """Rewind to `length` and free the memory behind it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and other states, spare room included."""

@@ -8,12 +8,14 @@ convolution states.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from .states import ForwardStates
 
 
 class RewindableCache(Protocol):
@@ -29,17 +31,33 @@ class RewindableCache(Protocol):
 
     @property
     def can_rewind(self) -> bool:
-        """Whether tokens of earlier passes can be dropped too."""
+        """Whether tokens of earlier passes can be dropped too, however many."""
 
     def keep(self, start: int, path: Sequence[int], width: int) -> None:
         """Of the `width` tokens written from position `start` on, keep those of `path`, in that order."""
 
+    def reach(self, length: int) -> int:
+        """The longest text of at most `length` tokens that `rewind` can go back to; 0 is always one."""
+
     def rewind(self, length: int) -> None:
-        """Forget everything after the first `length` tokens."""
+        """Forget everything after the first `length` tokens, to which `reach` must reach."""
+
+    def mark(self) -> None:
+        """Make sure that this length can be gone back to. Costs a copy where states are not kept by position."""
+
+    def copy(self, length: int) -> RewindableCache:
+        """A cache of the first `length` tokens, to which `reach` must reach, in storage of its own."""
+
+    def shrink(self) -> None:
+        """Free buffers that hold no token."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
+
+
+_ROOM = 256
+"""Slots that buffers grow by at least."""
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the library's hook is not typed
@@ -48,7 +66,6 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the librar
     keys: torch.Tensor
     values: torch.Tensor
     is_compileable, is_sliding, is_croppable = False, False, True
-    _FIRST_CAPACITY = 256
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -68,7 +85,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the librar
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[2]
         if end > self.keys.shape[2]:
-            self._grow(end)
+            self._grow(end, key_states.device)
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
         self.length = end
@@ -89,13 +106,34 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the librar
         for states in (self.keys, self.values):
             states[:, :, start:end] = states.index_select(2, slots)
 
-    def _grow(self, length: int) -> None:
-        capacity = max(length, 2 * self.keys.shape[2], self._FIRST_CAPACITY)
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
-            new[:, :, : self.length] = old[:, :, : self.length]
-            setattr(self, name, new)
+    def fill(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Take over keys and values of a text, [1, heads, length, head size], in a layer that is empty."""
+        self.lazy_initialization(keys, values)
+        self.keys, self.values, self.length = keys, values, keys.shape[2]
+
+    def copy(self, length: int) -> SlotLayer:
+        """The first `length` slots, in buffers with room to go on: what is copied is about to grow."""
+        other = SlotLayer()
+        other.fill(self.keys[:, :, :length], self.values[:, :, :length])
+        other.resize(length + _ROOM)
+        return other
+
+    def resize(self, capacity: int) -> None:
+        """Move to buffers of so many slots, at least as many as count."""
+        # One after the other: at no time are two old buffers there beside two new ones.
+        self.keys = self._resized(self.keys, capacity)
+        self.values = self._resized(self.values, capacity)
+
+    def _grow(self, length: int, device: torch.device) -> None:
+        # What came from a file lies on one device, whichever the layer computes on.
+        self.device = device
+        capacity = self.keys.shape[2]
+        self.resize(max(length, capacity + max(capacity // 2, _ROOM)))
+
+    def _resized(self, old: torch.Tensor, capacity: int) -> torch.Tensor:
+        new = torch.zeros(*old.shape[:2], capacity, old.shape[3], dtype=old.dtype, device=self.device)
+        new[:, :, : self.length] = old[:, :, : self.length]
+        return new
 
 
 class SlotCache:
@@ -103,9 +141,9 @@ class SlotCache:
 
     can_drop = can_rewind = True
 
-    def __init__(self, layers: int) -> None:
-        self._layers = [SlotLayer() for _ in range(layers)]
-        self.states = Cache(layers=list(self._layers))
+    def __init__(self, layers: Sequence[SlotLayer]) -> None:
+        self._layers = layers
+        self.states = Cache(layers=list(layers))
 
     def keep(self, start: int, path: Sequence[int], width: int) -> None:
         if tuple(path) != tuple(range(len(path))):
@@ -116,13 +154,48 @@ class SlotCache:
                 layer.move(start, slots[layer.device])
         self.rewind(start + len(path))
 
+    def reach(self, length: int) -> int:
+        return length
+
     def rewind(self, length: int) -> None:
         for layer in self._used:
             layer.length = min(layer.length, length)
 
+    def mark(self) -> None:
+        pass  # every length can be gone back to
+
+    @torch.inference_mode()
+    def copy(self, length: int) -> SlotCache:
+        return SlotCache([layer.copy(length) if layer.is_initialized else SlotLayer() for layer in self._layers])
+
+    @torch.inference_mode()
+    def shrink(self) -> None:
+        for layer in self._used:
+            if layer.keys.shape[2] > layer.length:
+                layer.resize(layer.length)
+
     @property
     def nbytes(self) -> int:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._used)
+
+    @torch.inference_mode()
+    def unload(self, length: int) -> dict[str, torch.Tensor]:
+        """The first `length` slots of every layer that has its own: "NUMBER.keys" and "NUMBER.values", [1, heads,
+        length, head size], on the CPU."""
+        return {
+            f"{number}.{name}": getattr(layer, name)[:, :, :length].contiguous().cpu()
+            for number, layer in enumerate(self._layers)
+            if layer.is_initialized
+            for name in ("keys", "values")
+        }
+
+    @torch.inference_mode()
+    def load(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        """Fill an empty cache with what `unload` returned."""
+        for number in range(len(self._layers)):
+            if f"{number}.keys" in tensors:
+                parts = (tensors[f"{number}.{name}"].to(device, copy=True) for name in ("keys", "values"))
+                self._layers[number].fill(*parts)
 
     @property
     def _used(self) -> list[SlotLayer]:
@@ -133,48 +206,56 @@ class SlotCache:
 class LibraryCache:
     """The library's own cache, for models with states that a buffer of slots cannot hold.
 
-    Convolution states can drop the end of the last pass, recurrent states cannot drop anything.
+    Convolution states can drop the end of the last pass, recurrent states cannot drop anything; both can be marked.
     """
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    can_rewind = False
+
+    def __init__(self, config: PreTrainedConfig, known: ForwardStates | None = None) -> None:
         self._config = config
-        self._recording = False
-        self._start()
+        self._known = known or ForwardStates(lambda: DynamicCache(config=config))
+
+    @property
+    def states(self) -> Cache:
+        states: Cache = self._known.now
+        return states
 
     @property
     def can_drop(self) -> bool:
         return bool(getattr(self.states, "is_croppable", False))
 
-    can_rewind = False
-
     def keep(self, start: int, path: Sequence[int], width: int) -> None:
-        if not self.can_drop:
-            if len(path) != width:
-                raise RuntimeError(f"cannot drop {width - len(path)} of {width} tokens from recurrent states")
-            return
-        # Recording starts with the first round: while it is on, nothing that a prompt wrote is ever forgotten.
-        if not self._recording:
+        if self.can_drop:
+            # Recording starts with the first round: while it is on, nothing that a prompt wrote is ever forgotten.
             self.states.activate_past_recording()  # type: ignore[no-untyped-call]
-            self._recording = True
-        self.states.crop(len(path) - width)
+            self.states.crop(len(path) - width)
+        elif len(path) != width:
+            raise RuntimeError(f"cannot drop {width - len(path)} of {width} tokens from recurrent states")
+        self._known.length = start + len(path)
+
+    def reach(self, length: int) -> int:
+        return self._known.reach(length)
 
     def rewind(self, length: int) -> None:
-        if length:
-            raise RuntimeError("these states cannot be rewound, only started anew")
-        self._start()
+        self._known.rewind(length)
+
+    def mark(self) -> None:
+        self._known.mark()
+
+    def copy(self, length: int) -> LibraryCache:
+        return LibraryCache(self._config, self._known.copy(length))
+
+    def shrink(self) -> None:
+        pass  # the library's tensors hold what counts and no more
 
     @property
     def nbytes(self) -> int:
-        return 0
-
-    def _start(self) -> None:
-        self.states = DynamicCache(config=self._config)
-        self._recording = False
+        return self._known.nbytes
 
 
 def cache_for(config: PreTrainedConfig) -> RewindableCache:
     """The cache that can do most with a model of this configuration."""
     layers = DynamicCache(config=config).layers
     if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-        return SlotCache(len(layers))
+        return SlotCache([SlotLayer() for _ in layers])
     return LibraryCache(config)

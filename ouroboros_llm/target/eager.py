@@ -31,15 +31,33 @@ def kind_of(model: PreTrainedModel) -> str:
     return "cpu float32" if single else model.device.type
 
 
+def shared_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    limit = min(len(left), len(right))
+    if list(left[:limit]) == list(right[:limit]):
+        return limit
+    return next(position for position in range(limit) if left[position] != right[position])
+
+
 class EagerTarget:
     """A `TargetModel` over a model's forward; the model itself is not changed."""
 
-    def __init__(self, model: PreTrainedModel, branching: Branching, pass_times: PassTimes | None = None) -> None:
-        """`branching` is what `probe` found; `pass_times` is shared by all targets of one model."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        branching: Branching,
+        pass_times: PassTimes | None = None,
+        *,
+        marks: bool = False,
+        cache: RewindableCache | None = None,
+    ) -> None:
+        """`branching` is what `probe` found; `pass_times` is shared by all targets of one model; `marks`: keep what it
+        takes to come back to the end of a prompt, where a cache cannot go back anyway."""
         self.model, self.branching = model, branching
+        self.marks, self._marked = marks, True
         self.config: Any = model.config.get_text_config(decoder=True)
         self.pass_times = pass_times or PassTimes(kind_of(model))
-        self.cache: RewindableCache = cache_for(self.config)
+        self.cache: RewindableCache = cache_for(self.config) if cache is None else cache
         self.token_ids: list[int] = []
         self._pending: tuple[int, ...] = ()
         self._vocabulary = vocabulary_size(model)
@@ -53,13 +71,14 @@ class EagerTarget:
     def prefill(self, token_ids: Sequence[int], draft: DraftTree | None = None, before: int = 0) -> torch.Tensor:
         self.rewind(self.common_prefix(token_ids))
         chunk = PREFILL_CHUNK if self.cache.can_rewind else len(token_ids)
+        draft = draft or DraftTree.root(token_ids[-1])
+        # Whatever happens in a pass, it is known from here on that the states may be ahead of the text.
+        self._pending, self._marked = draft.token_ids, not self.marks
         while len(unread := token_ids[len(self.token_ids) : -1]) > chunk:
             self._forward(DraftTree.chain(unread[:chunk]), logits_to_keep=1)
             self.token_ids += unread[:chunk]
-        draft = draft or DraftTree.root(token_ids[-1])
         logits = self._forward(draft.behind(unread), logits_to_keep=min(before, len(unread)) + draft.width)
         self.token_ids += unread
-        self._pending = draft.token_ids
         return logits
 
     def verify(self, draft: DraftTree) -> torch.Tensor:
@@ -76,6 +95,9 @@ class EagerTarget:
         self.cache.keep(len(self.token_ids), path, len(self._pending))
         self.token_ids += [self._pending[node] for node in path]
         self._pending = ()
+        if not self._marked:
+            self.cache.mark()
+            self._marked = True
 
     def rewind(self, length: int) -> None:
         self.cache.rewind(length)
@@ -85,14 +107,34 @@ class EagerTarget:
     def cost(self, width: int) -> float:
         return self.pass_times.cost(width)
 
+    @property
+    def can_rewind(self) -> bool:
+        return self.cache.can_rewind
+
+    @property
+    def reusable(self) -> bool:
+        return self.can_rewind or not self._pending
+
     def common_prefix(self, token_ids: Sequence[int]) -> int:
-        """Tokens of `token_ids` that need no prefill, never all of them: the last one's logits are wanted."""
-        if not self.cache.can_rewind:
-            return 0
-        limit = min(len(self.token_ids), len(token_ids) - 1)
-        if self.token_ids[:limit] == list(token_ids[:limit]):
-            return limit
-        return next((i for i in range(limit) if self.token_ids[i] != token_ids[i]), limit)
+        return self.reach(min(shared_prefix(self.token_ids, token_ids), len(token_ids) - 1))
+
+    def reach(self, length: int) -> int:
+        return self.cache.reach(min(length, len(self.token_ids))) if self.reusable else 0
+
+    def fork(self, length: int) -> EagerTarget:
+        other = EagerTarget(
+            self.model, self.branching, self.pass_times, marks=self.marks, cache=self.cache.copy(length)
+        )
+        other.token_ids = self.token_ids[:length]
+        return other
+
+    def shrink(self, length: int) -> None:
+        self.rewind(length)
+        self.cache.shrink()
+
+    @property
+    def nbytes(self) -> int:
+        return self.cache.nbytes
 
     @torch.inference_mode()
     def _forward(self, draft: DraftTree, logits_to_keep: int = 0) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..draft_tree import DraftTree
-from .base import TargetModel
+from .base import KeptTarget
 from .eager import EagerTarget, kind_of
 from .pass_times import PassTimes
 from .probe import Probe, probe
@@ -37,11 +37,11 @@ class PreparedModel:
         length = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return int(length) if length else None
 
-    def start(self) -> TargetModel:
-        """A target that has read nothing yet."""
+    def start(self, *, marks: bool = False) -> KeptTarget:
+        """A target that has read nothing yet; `marks`: it will be asked to come back to the end of a prompt."""
         if self.probe.branching == "none":
-            return StepwiseTarget(self.model)
-        return EagerTarget(self.model, self.probe.branching, self.pass_times)
+            return StepwiseTarget(self.model, self.probe.continues, marks=marks)
+        return EagerTarget(self.model, self.probe.branching, self.pass_times, marks=marks)
 
 
 # The values must not hold the model, or it would never be freed.

@@ -12,8 +12,11 @@ from ..draft_tree import DraftTree
 from .base import Branching
 from .eager import EagerTarget, vocabulary_size
 from .masks import takes_masks
+from .stepwise import StepwiseTarget
 
 _TEXT = (5, 9, 2, 7, 3, 9, 4, 8)
+_LONG = _TEXT + tuple(range(96))
+"""Longer than the chunks in which recurrences are computed."""
 _TREE = DraftTree((6, 3, 8, 9, 4, 2), (-1, 0, 0, 1, 2, 3), (1.0,) * 6, ("",) * 6, (None,) * 6)
 
 
@@ -27,6 +30,8 @@ class Probe:
     branching: Branching
     margin: float
     """Two logits closer than this may change places between a wide pass and a pass over one token."""
+    continues: bool = True
+    """Whether a pass over many tokens goes on from the state of a text rightly."""
 
 
 def probe(model: PreTrainedModel) -> Probe:
@@ -36,16 +41,35 @@ def probe(model: PreTrainedModel) -> Probe:
         model: any causal language model of the library. A few passes over at most eight tokens are run.
     """
     if "past_key_values" not in inspect.signature(model.forward).parameters:
-        return Probe("none", 0.0)
+        return _undrafted(model)
     if not _can_drop(model):
-        return Probe("none", 0.0)
+        return _undrafted(model)
     kinds: tuple[Branching, ...] = ("tree", "chain") if _takes_trees(model) else ("chain",)
     for branching in kinds:
         error, near, scale = _errors(model, _TREE if branching == "tree" else _TREE.main_chain(), branching)
-        # A wrong mask or state is off by the size of the logits themselves; rounding by its precision.
-        if error <= scale * (1e-3 if model.dtype in (torch.float32, torch.float64) else 1e-1):
+        if error <= scale * _tolerance(model):
             return Probe(branching, 2 * near)
-    return Probe("none", 0.0)
+    return _undrafted(model)
+
+
+def _undrafted(model: PreTrainedModel) -> Probe:
+    """What is known of a model that is run one token a pass: whether a second prompt may go on behind a first."""
+    text = _tokens(model, _LONG)
+    try:
+        target = StepwiseTarget(model, continues=True)
+        target.prefill(text[: len(_TEXT)])
+        target.keep((0,))
+        continued = target.prefill(text)
+        plain = StepwiseTarget(model).prefill(text)
+    except _FAILURES:
+        return Probe("none", 0.0, continues=False)
+    error = float((continued - plain).abs().nan_to_num(float("inf")).max())
+    return Probe("none", 0.0, continues=error <= float(plain.abs().max()) * _tolerance(model))
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    """A wrong mask or state is off by the size of the logits themselves; rounding by its precision."""
+    return 1e-3 if model.dtype in (torch.float32, torch.float64) else 1e-1
 
 
 def _takes_trees(model: PreTrainedModel) -> bool:

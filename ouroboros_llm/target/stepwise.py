@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +11,8 @@ from transformers import PreTrainedModel
 from ..draft_tree import DraftTree
 from ..errors import ModelError
 from .base import Branching
+from .eager import shared_prefix
+from .states import ForwardStates
 
 _STATE_NAMES = ("past_key_values", "cache_params", "state")
 
@@ -22,11 +23,24 @@ class StepwiseTarget:
     branching: Branching = "none"
     prefill_branching: Branching = "none"
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Raises ModelError where the model returns no state to carry, as encoder-decoder models and encoders do."""
-        self.model = model
+    can_rewind = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        continues: bool = False,
+        *,
+        marks: bool = False,
+        states: ForwardStates | None = None,
+    ) -> None:
+        """`continues`: whether passes over several tokens go on from a state rightly, as `probe` found; `marks`: keep
+        what it takes to come back to the end of a prompt.
+
+        Raises ModelError where the model returns no state to carry, as encoder-decoder models and encoders do.
+        """
+        self.model, self._continues, self._marks, self._marked = model, continues, marks, True
         self.token_ids: list[int] = []
-        self._state: Any = None
+        self._states = states or ForwardStates(lambda: None)
         self._pending: tuple[int, ...] = ()
         names = [name for name in _STATE_NAMES if name in inspect.signature(model.forward).parameters]
         if model.config.is_encoder_decoder or not names or not model.can_generate():
@@ -38,19 +52,51 @@ class StepwiseTarget:
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def prefill(self, token_ids: Sequence[int], draft: DraftTree | None = None, before: int = 0) -> torch.Tensor:
-        self.token_ids, self._state = list(token_ids[:-1]), None
+        self.rewind(self.common_prefix(token_ids))
+        self._marked = not self._marks
         # In one pass: continuing a recurrent state by many tokens is not something every model does right.
-        return self._forward(token_ids)[-1:]
+        unread = token_ids[len(self.token_ids) :]
+        logits = self._forward(unread)[-1:]
+        self.token_ids += unread[:-1]
+        return logits
 
     def verify(self, draft: DraftTree) -> torch.Tensor:
         return self._forward(draft.token_ids)
 
     def keep(self, path: Sequence[int]) -> None:
         self.token_ids += [self._pending[-1] for _ in path]
+        self._pending = ()
+        self._states.length = len(self.token_ids)
+        if not self._marked:
+            self._states.mark()
+            self._marked = True
 
     def rewind(self, length: int) -> None:
+        self._states.rewind(length)
         del self.token_ids[length:]
-        self._state = None
+        self._pending = ()
+
+    @property
+    def reusable(self) -> bool:
+        return self._continues and not self._pending
+
+    def common_prefix(self, token_ids: Sequence[int]) -> int:
+        return self.reach(min(shared_prefix(self.token_ids, token_ids), len(token_ids) - 1))
+
+    def reach(self, length: int) -> int:
+        return self._states.reach(min(length, len(self.token_ids))) if self.reusable else 0
+
+    def fork(self, length: int) -> StepwiseTarget:
+        other = StepwiseTarget(self.model, self._continues, marks=self._marks, states=self._states.copy(length))
+        other.token_ids = self.token_ids[:length]
+        return other
+
+    def shrink(self, length: int) -> None:
+        self.rewind(length)
+
+    @property
+    def nbytes(self) -> int:
+        return self._states.nbytes
 
     def cost(self, width: int) -> float:
         return float(width)
@@ -59,12 +105,12 @@ class StepwiseTarget:
     def _forward(self, token_ids: Sequence[int]) -> torch.Tensor:
         self._pending = tuple(token_ids)
         ids = torch.tensor([list(token_ids)], device=self.model.device)
-        state = {self._state_name: self._state}
+        state = {self._state_name: self._states.now}
         if self._takes_positions:
             # Left alone, some models count from zero in every pass.
-            start = len(self.token_ids) if self._state is not None else 0
+            start = len(self.token_ids) if self._states.now is not None else 0
             state["position_ids"] = torch.arange(start, start + len(token_ids), device=ids.device)[None]
         output = self.model(input_ids=ids, use_cache=True, return_dict=True, **state)
-        self._state = getattr(output, self._state_name)
+        self._states.now = getattr(output, self._state_name)
         logits: torch.Tensor = output.logits[0]
         return logits
