@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 
 from transformers import PreTrainedTokenizerBase
@@ -122,13 +122,18 @@ class Turn:
         drafter = DraftModelDrafter(
             model,
             Blend([model, *found], memory.calibration),
-            pass_seconds=lambda: self._prepared.pass_times.one,
+            pass_seconds=self._pass_seconds(),
             worth=self._session.draft_worth,
         )
         return drafter, model
 
     def _paying(self, drafter: Drafter) -> Drafter:
-        return PayingDrafter(drafter, lambda: self._prepared.pass_times.one, self._session.worth)
+        return PayingDrafter(drafter, self._pass_seconds(), self._session.worth)
+
+    def _pass_seconds(self) -> Callable[[], float | None]:
+        # Not through `self`: a turn in a cycle would hold on to keys and values until the garbage collector comes.
+        times = self._prepared.pass_times
+        return lambda: times.one
 
     def _draft_model_of(
         self, target: TargetModel, names: Sequence[str], text: RunningText, read: Sequence[PhrasePool]
