@@ -92,10 +92,12 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
 
 
 @functools.cache
-def tiny_model(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
+def tiny_model(architecture: str = "llama", seed: int = 0, context: int = 512) -> PreTrainedModel:
     """A random float32 model of two layers; the same object for the same arguments."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(ARCHITECTURES[architecture]()).eval()
+    config = ARCHITECTURES[architecture]()
+    config.max_position_embeddings = context
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 @functools.cache

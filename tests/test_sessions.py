@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ouroboros_llm import (
     DecodingOptions,
@@ -46,14 +45,6 @@ BACKWARD = [
 """Architectures whose caches go back to any length."""
 FORWARD = ["lfm2_chains", "bamba_plain", "qwen3_next_plain"]
 """Those whose states only go forward, and rightly so by many tokens at once."""
-
-
-@functools.cache
-def long_model(context: int = 8192) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = copy.deepcopy(ARCHITECTURES["llama"]())
-    config.max_position_embeddings = context
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def make(architecture: str = "llama", **arguments: Any) -> Ouroboros:
@@ -157,7 +148,7 @@ def test_no_edit_changes_an_answer(architecture: str, edits: list[Any]) -> None:
 
 def test_a_conversation_of_thirty_turns_is_read_once() -> None:
     """A prompt that grows to 6,000 tokens; every answer as from an `Ouroboros` that knows nothing."""
-    model, tokenizer = long_model(), byte_tokenizer()
+    model, tokenizer = tiny_model(context=8192), byte_tokenizer()
     options = DecodingOptions(max_new_tokens=24)
     messages = [{"role": "system", "content": "You are an agent with tools. " * 20}]
     read = 0
