@@ -74,9 +74,12 @@ class Sessions:
             if scope not in self._sessions:
                 self._sessions[scope] = Session(scope, shelf=self._memory.shelf())
             self._sessions.move_to_end(scope)
-            while len(self._sessions) > self._capacity:
-                self.forget(next(iter(self._sessions.values())))
-            return self._sessions[scope]
+            session = self._sessions[scope]
+            # Who keeps a prefix in a scope means to come back to it.
+            others = [other for other in self._sessions.values() if other is not session and not other.shelf.prefixes]
+            for other in others[: max(0, len(self._sessions) - self._capacity)]:
+                self.forget(other)
+            return session
 
     def take(
         self, session: Session, token_ids: Sequence[int], start: Callable[[], Workspace], *, copies: bool = False
@@ -95,6 +98,8 @@ class Sessions:
 
     def keep(self, session: Session, name: str, workspace: Workspace) -> None:
         """Keep a prefix under a name. Raises OptionError where there is no room."""
+        if session.deleted:
+            self.forget(session)
         self._memory.keep(session.shelf, name, workspace)
 
     def drop(self, session: Session, name: str) -> None:

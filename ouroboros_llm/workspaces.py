@@ -32,6 +32,8 @@ class Workspace:
     draft_target: KeptTarget | None = None
     used: int = 0
     """When a turn had it last, as a number that grows."""
+    measured: int | None = None
+    """Its bytes while nobody uses it: many are added up whenever a turn begins or ends."""
 
     @property
     def targets(self) -> list[KeptTarget]:
@@ -44,7 +46,12 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
-        return sum(target.nbytes for target in self.targets)
+        return sum(target.nbytes for target in self.targets) if self.measured is None else self.measured
+
+    def rest(self) -> None:
+        """Note the size, which is what it is until the next turn."""
+        self.measured = None
+        self.measured = self.nbytes
 
     def fork(self, token_ids: Sequence[int]) -> Workspace:
         """A workspace that holds what this one has read of `token_ids`, in storage of its own."""
@@ -66,6 +73,7 @@ class Workspace:
         """Forget the text after its first `length` tokens, or after fewer where it cannot be cut there."""
         for target in self.targets:
             target.shrink(target.reach(length))
+        self.rest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +122,7 @@ class Shelf:
                 workspace.target.can_rewind and workspace.length >= other.length == other.target.common_prefix(text)
             )
         ]
+        workspace.rest()
         self.idle.append(workspace)
         self.idle.sort(key=lambda idle: idle.used)
         del self.idle[:-_PER_SCOPE]
@@ -178,6 +187,7 @@ class WorkspaceMemory:
             if found is not None and idle:
                 shelf.idle.remove(found)
                 shelf.in_use.add(found)
+                found.measured = None
         if found is None:
             workspace = start()
         elif idle and not copies and 2 * shared >= found.length:
@@ -205,6 +215,7 @@ class WorkspaceMemory:
             if shelf.closed:
                 return
             shelf.prefixes.pop(name, None)
+            workspace.rest()
             kept, size = self.usage().kept, workspace.nbytes
             if kept + size > self.limit:
                 raise OptionError(

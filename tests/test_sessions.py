@@ -6,6 +6,8 @@ import copy
 import functools
 import gc
 import stat
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -461,6 +463,18 @@ def test_a_kept_prefix_stays_whatever_the_others_need() -> None:
         assert check(ouroboros, [*SYSTEM, 9], "c")[1] == len(SYSTEM)
 
 
+def test_scopes_that_keep_a_prefix_are_not_forgotten_for_others() -> None:
+    with make() as ouroboros:
+        ouroboros._sessions = Sessions(capacity=2)
+        ouroboros.keep_prefix(SYSTEM, scope="a")
+        ouroboros.keep_prefix(SYSTEM, scope="b")
+        for scope in "cde":
+            check(ouroboros, SYSTEM[:20], scope)
+        assert check(ouroboros, SYSTEM[:20], "e")[1] == 19
+        assert check(ouroboros, SYSTEM[:20], "d")[1] == 0
+        assert check(ouroboros, [*SYSTEM, 9], "a")[1] == check(ouroboros, [*SYSTEM, 9], "b")[1] == len(SYSTEM)
+
+
 def test_prefixes_that_do_not_fit_are_refused() -> None:
     ouroboros, memory = bounded(2 * 2 * 2 * 8 * 4 * 100)
     with ouroboros:
@@ -509,6 +523,24 @@ def test_a_pass_that_fails_leaves_no_wrong_states(architecture: str, monkeypatch
 
 
 # Files.
+
+
+def test_another_process_takes_it_up(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    code = (
+        "import sys; from ouroboros_llm import *\n"
+        "with Ouroboros.from_pretrained(sys.argv[1], dtype='float32') as ouroboros:\n"
+        "    ouroboros.generate('the cat sat on the mat', scope='c', options=DecodingOptions(max_new_tokens=8))\n"
+        "    print(ouroboros.save_session('c', sys.argv[2]))\n"
+    )
+    paths = [str(tmp_path / "model"), str(tmp_path / "file")]
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True, timeout=170)
+    with make() as ouroboros:
+        tokens = ouroboros.load_session("c", tmp_path / "file")
+        assert tokens == int(done.stdout) == len("the cat sat on the mat") + 7
+        prompt = ouroboros.encode("the cat sat on the mat, and")
+        assert check(ouroboros, prompt)[1] >= len("the cat sat on the mat")
 
 
 def test_a_restarted_session_reads_nothing_again(tmp_path: Path) -> None:
