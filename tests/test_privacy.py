@@ -15,7 +15,8 @@ from ouroboros_llm import DecodingOptions, Ouroboros, sources
 from ouroboros_llm.decoder import PROMPT_POSITIONS
 from ouroboros_llm.drafting import phrases, recycling
 from ouroboros_llm.memory_pool import MemorySource
-from ouroboros_llm.session import KV_BYTES, Sessions
+from ouroboros_llm.session import Sessions
+from ouroboros_llm.workspaces import KV_BYTES
 from ouroboros_storage import PhraseStore, StoredNote, StoredRun, buffer, pools
 from ouroboros_storage.cli import pool
 
