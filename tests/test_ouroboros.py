@@ -30,6 +30,8 @@ from ouroboros_storage import PhraseStore
 
 PROMPT = "the cat sat on the mat, the dog"
 OPTIONS = DecodingOptions(max_new_tokens=40)
+FIXED_WIDTH = DecodingOptions(max_new_tokens=40, max_draft_tokens=12)
+"""Measured pass times have no say: a tiny model's passes are so fast that drafting may not pay."""
 
 
 def test_results_say_what_happened(tiny_ouroboros: Ouroboros) -> None:
@@ -58,8 +60,8 @@ def test_origins_are_as_many_as_tokens(tiny_ouroboros: Ouroboros) -> None:
 
 
 def test_warm_is_faster_than_cold(tiny_ouroboros: Ouroboros) -> None:
-    cold = tiny_ouroboros.generate(PROMPT, scope="agent:a", options=OPTIONS)
-    warm = tiny_ouroboros.generate(PROMPT, scope="agent:a", options=OPTIONS)
+    cold = tiny_ouroboros.generate(PROMPT, scope="agent:a", options=FIXED_WIDTH)
+    warm = tiny_ouroboros.generate(PROMPT, scope="agent:a", options=FIXED_WIDTH)
     assert warm.token_ids == cold.token_ids
     assert warm.statistics.target_forwards <= cold.statistics.target_forwards / 2
 
@@ -74,8 +76,7 @@ def test_streams_are_answers(tiny_ouroboros: Ouroboros) -> None:
 
 
 def test_no_scope_sees_another_s_phrases(tiny_ouroboros: Ouroboros) -> None:
-    # Of a fixed width, so that measured pass times have no say.
-    options = DecodingOptions(max_new_tokens=40, max_draft_tokens=12)
+    options = FIXED_WIDTH
     cold = tiny_ouroboros.generate(PROMPT, scope="conversation:1", options=options).statistics
     tiny_ouroboros.generate(PROMPT, options=options)  # the default scope
     other = tiny_ouroboros.generate(PROMPT, scope="conversation:2", options=options)
@@ -85,8 +86,8 @@ def test_no_scope_sees_another_s_phrases(tiny_ouroboros: Ouroboros) -> None:
 
 
 def test_scopes_are_read_where_the_caller_says_so(tiny_ouroboros: Ouroboros) -> None:
-    cold = tiny_ouroboros.generate(PROMPT, scope="agent:a", options=OPTIONS).statistics
-    reader = tiny_ouroboros.generate(PROMPT, scope="b", read_scopes=["agent:a"], options=OPTIONS)
+    cold = tiny_ouroboros.generate(PROMPT, scope="agent:a", options=FIXED_WIDTH).statistics
+    reader = tiny_ouroboros.generate(PROMPT, scope="b", read_scopes=["agent:a"], options=FIXED_WIDTH)
     assert reader.statistics.target_forwards < cold.target_forwards
     assert reader.usage.cached_tokens == 0
 
@@ -198,7 +199,7 @@ def test_a_draft_model_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_tokenizer()
     with Ouroboros(tiny_model("qwen3"), tokenizer, draft_model=(tiny_model("qwen3"), tokenizer)) as ouroboros:
         for _ in range(2):
-            result = ouroboros.generate(PROMPT, options=OPTIONS)
+            result = ouroboros.generate(PROMPT, options=FIXED_WIDTH)
             assert list(result.token_ids) == plain(ouroboros.model, ouroboros.encode(PROMPT), 40)
             if not _:
                 assert result.statistics.draft_forwards > 0
