@@ -7,12 +7,15 @@ if TYPE_CHECKING:
     from .drafting.retrieval import documents_pool, read_documents
     from .errors import (
         ContextLengthError,
+        MemoryLimitError,
         MissingExtraError,
         ModelDownloadError,
         ModelError,
         OptionError,
         OuroborosError,
         PromptError,
+        QueueFullError,
+        RequestTimeoutError,
         SnapshotError,
         StoreError,
         TokenizerMismatchError,
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from .ouroboros import Ouroboros
     from .phrases import Phrase, PhrasePool, PoolSource
     from .statistics import DecodingStatistics, GenerationResult, Piece, Usage
+    from .stream import Stream
     from .workspaces import KVUsage, kv_usage, limit_kv_bytes
 
 __version__ = "0.1.0"
@@ -34,6 +38,7 @@ __all__ = [
     "DecodingStatistics",
     "GenerationResult",
     "KVUsage",
+    "MemoryLimitError",
     "MemoryPool",
     "MissingExtraError",
     "ModelDownloadError",
@@ -46,8 +51,11 @@ __all__ = [
     "Piece",
     "PoolSource",
     "PromptError",
+    "QueueFullError",
+    "RequestTimeoutError",
     "SnapshotError",
     "StoreError",
+    "Stream",
     "TokenizerMismatchError",
     "UnknownModelError",
     "Usage",
@@ -62,6 +70,7 @@ __all__ = [
 # Imported on first use, so that `ouroboros --help` does not wait for torch.
 _MODULES = {
     "ContextLengthError": "errors",
+    "MemoryLimitError": "errors",
     "MissingExtraError": "errors",
     "ModelDownloadError": "errors",
     "ModelError": "errors",
@@ -69,6 +78,8 @@ _MODULES = {
     "OuroborosError": "errors",
     "PromptError": "errors",
     "SnapshotError": "errors",
+    "QueueFullError": "errors",
+    "RequestTimeoutError": "errors",
     "StoreError": "errors",
     "TokenizerMismatchError": "errors",
     "UnknownModelError": "errors",
@@ -88,6 +99,7 @@ _MODULES = {
     "KVUsage": "workspaces",
     "kv_usage": "workspaces",
     "limit_kv_bytes": "workspaces",
+    "Stream": "stream",
 }
 
 

@@ -11,6 +11,9 @@
   * SnapshotError: a session cannot be written to a file, or not be read from it
   * StoreError: a phrase store cannot be used
     * StoreUnavailableError: its database does not answer now, but may later
+  * QueueFullError: too many requests wait for a model already
+  * RequestTimeoutError (also TimeoutError): an answer took longer than its caller allowed
+  * MemoryLimitError (also MemoryError): there is no memory for the keys and values of an answer
   * MissingExtraError (also ImportError): an optional dependency is not installed
 """
 
@@ -57,6 +60,29 @@ class StoreError(OuroborosError):
 
 class StoreUnavailableError(StoreError):
     """The database of a phrase store does not answer now: locked, stopped, full. Later it may."""
+
+
+class QueueFullError(OuroborosError):
+    """As many requests wait for the model as may; nothing was done for this one."""
+
+    def __init__(self, unfinished: int, max_active: int, max_waiting: int) -> None:
+        super().__init__(
+            f"the model has {unfinished} requests already; {max_active} may take turns and {max_waiting} wait; "
+            "ask again later, close streams that nobody reads, or raise max_waiting"
+        )
+
+
+class RequestTimeoutError(OuroborosError, TimeoutError):
+    """An answer took longer than its `timeout`. What was said until then is learned all the same."""
+
+    def __init__(self, timeout: float, *, waiting: bool) -> None:
+        """`waiting`: whether it was still waiting for a place among those that take turns."""
+        when = "while the request waited behind others" if waiting else "before the answer was complete"
+        super().__init__(f"timeout={timeout:g} seconds passed {when}")
+
+
+class MemoryLimitError(OuroborosError, MemoryError):
+    """There is no memory for what an answer needs; the message says how much, and what would help."""
 
 
 class MissingExtraError(OuroborosError, ImportError):

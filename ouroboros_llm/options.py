@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from .drafting.names import check_drafters
 from .errors import OptionError
@@ -35,6 +35,13 @@ class DecodingOptions:
         max_draft_tokens: Guesses per round at most; 0 is plain decoding. Unset: as many as pay by measured pass times.
         drafters: Where guesses may come from: "phrases", "recycling", "retrieval", "draft_model", "lookahead". Unset:
             all but lookahead, as far as there are documents and a draft model.
+        max_rounds: Draft, verify, accept cycles at most; then the answer ends with the finish reason "length".
+        timeout: Seconds that an answer may take, its turn among other requests included, its reader not; then
+            RequestTimeoutError, within a round.
+        overflow: What happens to a prompt that leaves too little room in the model's context. "error", and unset:
+            ContextLengthError if it leaves none. "slide": the oldest of it is left out, until there is room for
+            `max_new_tokens` or a quarter of the context, whichever is less: the oldest exchanges of chat messages,
+            never system messages nor the last one; the oldest tokens of text.
     """
 
     max_new_tokens: int | None = None
@@ -51,13 +58,17 @@ class DecodingOptions:
     exact: bool = False
     max_draft_tokens: int | None = None
     drafters: tuple[str, ...] | None = None
+    max_rounds: int | None = None
+    timeout: float | None = None
+    overflow: Literal["error", "slide"] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _strings("stop", self.stop))
-        _whole("max_new_tokens", self.max_new_tokens, 1)
-        _whole("top_k", self.top_k, 1)
-        _whole("seed", self.seed, 0, 2**64 - 1)
-        _whole("max_draft_tokens", self.max_draft_tokens, 0)
+        check_whole("max_new_tokens", self.max_new_tokens, 1)
+        check_whole("top_k", self.top_k, 1)
+        check_whole("seed", self.seed, 0, 2**64 - 1)
+        check_whole("max_draft_tokens", self.max_draft_tokens, 0)
+        check_whole("max_rounds", self.max_rounds, 1)
         if self.drafters is not None:
             object.__setattr__(self, "drafters", check_drafters(self.drafters))
         _number("temperature", self.temperature, 0.0)
@@ -68,6 +79,7 @@ class DecodingOptions:
         _number("frequency_penalty", self.frequency_penalty)
         if not isinstance(self.exact, bool):
             raise OptionError(f"exact must be True or False, but got {self.exact!r}")
+        self._check_limits()
         self._check_bias()
         self._check_greedy()
 
@@ -75,11 +87,18 @@ class DecodingOptions:
     def greedy(self) -> bool:
         return not self.temperature
 
+    def _check_limits(self) -> None:
+        number = isinstance(self.timeout, (int, float)) and not isinstance(self.timeout, bool)
+        if self.timeout is not None and not (number and 0 < self.timeout < float("inf")):
+            raise OptionError(f"timeout must be a positive number of seconds, but got {self.timeout!r}")
+        if self.overflow not in (None, "error", "slide"):
+            raise OptionError(f"overflow must be 'error' or 'slide', but got {self.overflow!r}")
+
     def _check_bias(self) -> None:
         if not isinstance(self.logit_bias, (Mapping, type(None))):
             raise OptionError(f"logit_bias must map token ids to numbers, but got {self.logit_bias!r:.80}")
         for token_id, bias in (self.logit_bias or {}).items():
-            _whole("logit_bias key", token_id, 0)
+            check_whole("logit_bias key", token_id, 0)
             _number(f"logit_bias[{token_id}]", bias)
 
     def _check_greedy(self) -> None:
@@ -100,7 +119,8 @@ def _strings(name: str, value: Any) -> tuple[str, ...]:
     return strings
 
 
-def _whole(name: str, value: Any, low: int, high: int = sys.maxsize) -> None:
+def check_whole(name: str, value: Any, low: int, high: int = sys.maxsize) -> None:
+    """Raise OptionError unless value is None or a whole number in [low, high]."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < low:

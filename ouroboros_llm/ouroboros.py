@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import sys
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import snapshot
+from .context_window import Fitted, fit
+from .device_memory import check_room, let_go
 from .draft_pair import load_draft
 from .drafting.memory import Memory
-from .errors import ContextLengthError, OptionError, PromptError
-from .options import DecodingOptions
+from .errors import OptionError, PromptError
+from .memory_pool import MemorySource
+from .options import DecodingOptions, check_whole
 from .phrases import PhrasePool, PoolSource, check_scope, check_scopes
+from .request import Request, Steps
 from .session import Session, Sessions
 from .sources import flush, open_pool, open_source
 from .statistics import GenerationResult, Piece
+from .stream import Stream, off_the_loop
 from .target.eager import vocabulary_size
 from .target.prepared import locked, prepare
 from .text import Prompt, encode, vocabulary_hash
 from .turn import Turn
+from .worker import worker_of
 from .workspaces import KVUsage, Workspace
 
 DEFAULT_SCOPE = "conversation:default"
@@ -34,8 +42,8 @@ DEFAULT_MAX_NEW_TOKENS = 512
 class Ouroboros:
     """A local model that drafts phrases it has written before and verifies them in one pass.
 
-    Output is what the model alone would say, token for token. Calls may come from any thread: rounds of concurrent
-    calls take turns.
+    Output is what the model alone would say, token for token. Calls may come from any thread and any event loop: one
+    worker per model runs their rounds in turn, so a long answer does not hold up a short one.
 
     Attributes:
         model, tokenizer: what it wraps; the model's own `forward` and `generate` stay as they were.
@@ -53,6 +61,8 @@ class Ouroboros:
         store: Any = None,
         target: str = "auto",
         documents: PhrasePool | None = None,
+        max_active: int | None = None,
+        max_waiting: int | None = None,
     ) -> None:
         """Wrap a model that you loaded yourself.
 
@@ -64,6 +74,8 @@ class Ouroboros:
                 keeps them for later processes.
             target: "auto" or "eager", the library's own forward.
             documents: texts that answers may quote, whoever asks (`documents_pool`); only read.
+            max_active, max_waiting: answers that take turns at once, and further ones that may wait; whoever comes then
+                gets QueueFullError. They hold for the model, whoever wraps it. None: as they are, 16 and 256 at first.
 
         Raises:
             ModelError: not a causal language model. TokenizerMismatchError: draft and target vocabularies differ.
@@ -86,6 +98,11 @@ class Ouroboros:
             raise OptionError(f"documents must be a pool, as documents_pool makes them, but got {documents!r:.80}")
         self.documents = documents
         self._sessions = Sessions()
+        self._worker = worker_of(model)
+        for limit, value in (("max_active", max_active), ("max_waiting", max_waiting)):
+            if value is not None:
+                check_whole(limit, value, 1)
+                setattr(self._worker, limit, value)
         if self._prepared.probe.branching == "none":
             warnings.warn(
                 f"{self.name} keeps states that cannot be rewound, so it decodes without drafts, one token a pass",
@@ -134,9 +151,29 @@ class Ouroboros:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> GenerationResult:
         """Answer a prompt. See `stream` for the arguments and errors."""
-        pieces = self.stream(prompt, scope=scope, read_scopes=read_scopes, options=options, tools=tools)
-        *_, last = pieces
+        stream = self.stream(prompt, scope=scope, read_scopes=read_scopes, options=options, tools=tools)
+        with stream.whole() as pieces:
+            (last,) = pieces
         assert last.result is not None  # the last piece always carries it
+        return last.result
+
+    async def agenerate(
+        self,
+        prompt: Prompt,
+        *,
+        scope: str | None = None,
+        read_scopes: Sequence[str] = (),
+        options: DecodingOptions | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> GenerationResult:
+        """As `generate`, for an event loop. Cancelling the task ends the decoding within one round."""
+
+        def start() -> Stream:
+            return self.stream(prompt, scope=scope, read_scopes=read_scopes, options=options, tools=tools).whole()
+
+        async with aclosing(off_the_loop(start)) as pieces:
+            last = await anext(pieces)
+        assert last.result is not None
         return last.result
 
     def stream(
@@ -147,26 +184,49 @@ class Ouroboros:
         read_scopes: Sequence[str] = (),
         options: DecodingOptions | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Stream:
         """Answer a prompt in pieces: together their texts are `generate(...).text`; the last carries the result.
 
         Args:
             prompt: text (taken as it is), chat messages (through the chat template) or token ids.
             scope: whose phrases to use and to add to; None: `conversation:default`.
             read_scopes: further scopes to read, in order. Nothing else is ever read.
-            options: sampling, lengths and stop strings; None: greedy.
+            options: sampling, lengths, limits and stop strings; None: greedy.
             tools: function schemas for the chat template.
 
         Raises:
-            PromptError, ContextLengthError, OptionError: before anything is decoded.
+            PromptError, ContextLengthError, OptionError: before anything is decoded. For what may be raised later see
+            `Stream`.
         """
         options = DecodingOptions() if options is None else options
         if not isinstance(options, DecodingOptions):
             raise OptionError(f"options must be DecodingOptions or None, but got {type(options).__name__}")
-        prompt_ids = self._checked(self.encode(prompt, tools=tools))
-        limit = self._limit(len(prompt_ids), options)
+        fitted = self._fit(prompt, tools, options)
         session = self._sessions.open(check_scope(DEFAULT_SCOPE if scope is None else scope))
-        return self._stream(prompt_ids, limit, session, check_scopes(read_scopes), options)
+        # Here and not in a step, which others wait for: a database may take its time.
+        write, *read = [
+            open_pool(self.store, name, self.fingerprint) for name in (session.scope, *check_scopes(read_scopes))
+        ]
+        cancelled = threading.Event()
+        steps = self._steps(fitted, session, write, read, options, cancelled)
+        after = None if isinstance(self.store, MemorySource) else partial(flush, self.store)
+        request = Request(steps, timeout=options.timeout, after=after)
+        return Stream(self._worker, request, cancelled)
+
+    def astream(
+        self,
+        prompt: Prompt,
+        *,
+        scope: str | None = None,
+        read_scopes: Sequence[str] = (),
+        options: DecodingOptions | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> AsyncGenerator[Piece]:
+        """As `stream`, for an event loop, which is not blocked by prompt, store or model; errors come with the first
+        piece. Cancelling the task, or closing the generator, ends the decoding within one round."""
+        return off_the_loop(
+            partial(self.stream, prompt, scope=scope, read_scopes=read_scopes, options=options, tools=tools)
+        )
 
     def keep_prefix(
         self,
@@ -192,7 +252,7 @@ class Ouroboros:
             PromptError, ContextLengthError, OptionError: also where it would not fit into the limit of `kv_usage`.
         """
         prompt_ids = self._checked(encode(self.tokenizer, prompt, tools, answering=False))
-        self._limit(len(prompt_ids), DecodingOptions())
+        fit(prompt_ids, lambda _: prompt_ids, context_length=self.context_length, wanted=1, name=self.name)
         session = self._session(scope)
         workspace = self._sessions.take(session, prompt_ids, self._start, copies=True)
         with locked(self._prepared, self._draft):
@@ -241,12 +301,13 @@ class Ouroboros:
         return self._sessions.usage
 
     def flush(self) -> None:
-        """Make all phrases durable."""
+        """Make all phrases durable, those of answers that were just given up included."""
+        self._worker.settle()
         self.store.flush()
 
     def close(self) -> None:
         """Flush, close a store that was opened from a URL, and free kept keys and values. Idempotent."""
-        self.store.flush()
+        self.flush()
         if self._owns_store:
             self.store.close()
         self._sessions.clear()
@@ -257,14 +318,21 @@ class Ouroboros:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _stream(
-        self, prompt_ids: list[int], limit: int, session: Session, read_scopes: list[str], options: DecodingOptions
-    ) -> Iterator[Piece]:
-        write = open_pool(self.store, session.scope, self.fingerprint)
+    def _steps(
+        self,
+        fitted: Fitted,
+        session: Session,
+        write: PhrasePool,
+        read: list[PhrasePool],
+        options: DecodingOptions,
+        cancelled: threading.Event,
+    ) -> Steps[Piece]:
+        """One answer, a step at a time, in the worker's thread."""
         session = self._current(session, write)
         self._recall(session, write)
-        workspace = self._sessions.take(session, prompt_ids, self._start)
+        workspace = self._sessions.take(session, fitted.token_ids, self._start)
         try:
+            check_room(self._prepared, len(fitted.token_ids) + fitted.limit, workspace.nbytes, self._spare, self._draft)
             turn = Turn(
                 self._prepared,
                 self._draft,
@@ -272,16 +340,23 @@ class Ouroboros:
                 session,
                 workspace,
                 write=write,
-                read=[open_pool(self.store, scope, self.fingerprint) for scope in read_scopes],
+                read=read,
                 documents=self.documents,
-                prompt_ids=prompt_ids,
-                limit=limit,
+                prompt_ids=fitted.token_ids,
+                limit=fitted.limit,
                 options=options,
+                dropped=fitted.dropped,
+                cancelled=cancelled.is_set,
+                spare=self._spare,
             )
-            yield from turn.pieces()
+            return (yield from turn.steps())
         finally:
             self._sessions.give_back(session, workspace)
-            flush(self.store)
+
+    def _spare(self) -> None:
+        """Let go of keys and values that only a later turn would have used."""
+        self._sessions.drop_idle()
+        let_go(self.model.device)
 
     def _checked(self, prompt_ids: list[int]) -> list[int]:
         """The ids of a prompt, all of them such as the model can look up."""
@@ -318,13 +393,17 @@ class Ouroboros:
             if self._draft is not None:
                 session.draft_memory = Memory.recall(pool, self._draft.fingerprint)
 
-    def _limit(self, prompt_length: int, options: DecodingOptions) -> int:
-        """Tokens to generate at most: what was asked for, as far as the context reaches."""
-        room = (self.context_length or sys.maxsize) - prompt_length
-        if room < 1:
-            raise ContextLengthError(
-                f"prompt has {prompt_length} tokens, but the context of {self.name} holds {self.context_length}, "
-                "output included; shorten the prompt"
-            )
+    def _fit(self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None, options: DecodingOptions) -> Fitted:
+        """The prompt's tokens, and how many may follow: what was asked for, as far as the context reaches."""
         wanted = options.max_new_tokens or self.model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-        return int(min(wanted, room))
+        fitted = fit(
+            prompt,
+            partial(self.encode, tools=tools),
+            context_length=self.context_length,
+            wanted=int(wanted),
+            slide=options.overflow == "slide",
+            first_token_id=self.tokenizer.bos_token_id,
+            name=self.name,
+        )
+        self._checked(fitted.token_ids)
+        return fitted

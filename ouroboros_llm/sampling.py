@@ -50,6 +50,15 @@ class Sampler:
 
         return choose
 
+    def mark(self) -> torch.Tensor | None:
+        """Where the random numbers are now; None where nothing is drawn, or from torch's own generator."""
+        return self._generator.get_state() if self._sample and self._generator is not None else None
+
+    def back_to(self, mark: torch.Tensor | None) -> None:
+        """Draw the random numbers since `mark` again."""
+        if self._generator is not None and mark is not None:
+            self._generator.set_state(mark)
+
     def _scores(self, row: torch.Tensor, text: torch.Tensor | None, emitted: list[int]) -> torch.Tensor:
         scores = row.to(torch.float32, copy=True)
         if text is not None:

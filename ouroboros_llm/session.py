@@ -126,6 +126,12 @@ class Sessions:
             if self._sessions.get(session.scope) is session:
                 del self._sessions[session.scope]
 
+    def drop_idle(self) -> None:
+        """Let go of all workspaces that no turn is using; what was learned stays."""
+        with self._lock:
+            for session in self._sessions.values():
+                session.shelf.idle.clear()
+
     def clear(self) -> None:
         with self._lock:
             for session in list(self._sessions.values()):

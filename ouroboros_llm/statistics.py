@@ -20,6 +20,8 @@ class Usage:
     completion_tokens: int
     cached_tokens: int = 0
     """Prompt tokens whose keys and values were still there from the turn before; part of `prompt_tokens`."""
+    dropped_tokens: int = 0
+    """Tokens of the prompt that were left out because of `overflow="slide"`; no part of `prompt_tokens`."""
 
     @property
     def total_tokens(self) -> int:
@@ -85,6 +87,11 @@ class Tally:
         self._origins: list[str] = []
         self.seconds = 0.0
 
+    @property
+    def rounds(self) -> int:
+        """Cycles so far; the prefill is none."""
+        return max(0, self._forwards - 1)
+
     def add(self, round: Round) -> None:
         """Count one round; the first is the prefill."""
         self._forwards += 1
@@ -94,7 +101,7 @@ class Tally:
 
     def statistics(self, completion_tokens: int, draft_forwards: int = 0) -> DecodingStatistics:
         return DecodingStatistics(
-            rounds=max(0, self._forwards - 1),
+            rounds=self.rounds,
             target_forwards=self._forwards,
             completion_tokens=completion_tokens,
             drafted_tokens=self._drafted,

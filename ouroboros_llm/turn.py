@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 
 from transformers import PreTrainedTokenizerBase
 
 from .decoder import Decoder
+from .device_memory import out_of_memory
 from .draft_tree import MAX_WIDTH
 from .drafting import lookahead
-from .drafting.base import Drafter, Round, Source
+from .drafting.base import Drafter, NoDrafts, Round, Source
 from .drafting.blend import Blend
 from .drafting.draft_model import ALTERNATIVES, DraftModel, DraftModelDrafter
 from .drafting.memory import sources
@@ -18,19 +21,21 @@ from .drafting.names import DEFAULT_DRAFTERS
 from .drafting.phrases import PhraseSource, RunningText
 from .drafting.recycling import KEPT
 from .drafting.worth import PayingDrafter
+from .errors import MemoryLimitError
 from .options import DecodingOptions
 from .phrases import PhrasePool
 from .sampling import end_token_ids, sampler_for
 from .session import Session
 from .statistics import FinishReason, GenerationResult, Piece, Tally, Usage
 from .target.base import TargetModel
+from .target.eager import PREFILL_CHUNK
 from .target.prepared import PreparedModel, locked
 from .text import Transcript
 from .workspaces import Workspace
 
 
 class Turn:
-    """Answers one prompt with one workspace. Rounds run under the model's lock, so turns take turns."""
+    """Answers one prompt with one workspace, a step at a time. Steps run under the model's lock."""
 
     def __init__(
         self,
@@ -46,28 +51,52 @@ class Turn:
         prompt_ids: list[int],
         limit: int,
         options: DecodingOptions,
+        dropped: int = 0,
+        cancelled: Callable[[], bool] = lambda: False,
+        spare: Callable[[], None] = lambda: None,
     ) -> None:
         """`write`: the pool of the session's scope; `read`: further pools; `documents`: texts that answers may
-        quote; `limit`: tokens to generate at most."""
+        quote; `limit`: tokens to generate at most; `dropped`: tokens left out of the prompt; `cancelled`: asked before
+        every step; `spare`: gives memory back that others can do without."""
         self._prepared, self._draft = prepared, draft
         self._session, self._workspace, self._write = session, workspace, write
-        self._prompt_ids, self._limit, self._options = prompt_ids, limit, options
+        self._prompt_ids, self._limit, self._options, self._dropped = prompt_ids, limit, options, dropped
+        self._cancelled, self._spare = cancelled, spare
         self._end_token_ids = end_token_ids(prepared.model.generation_config)
         self._transcript = Transcript(tokenizer, options.stop, self._end_token_ids)
         self._drafter, self._draft_model = self._blend(read, documents)
+        self._sampler = sampler_for(prepared.model, options, len(prompt_ids), limit, prepared.probe.margin)
         self._tally = Tally()
+        self._lean, self._draft_forwards = False, 0
 
-    def pieces(self) -> Iterator[Piece]:
-        """Text as it comes; the last piece carries the result. What was said is learned even if nobody listens on."""
-        rounds, cached = self._rounds(), self._workspace.target.common_prefix(self._prompt_ids)
+    def steps(self) -> Generator[Piece | None, None, Piece]:
+        """Text as it comes, None after a step that brought none; returns the last piece, which carries the result.
+
+        What was said is learned even if nobody listens on.
+
+        Raises:
+            MemoryLimitError: the device's memory does not even suffice without drafts and without idle caches.
+        """
+        cached = self._workspace.target.common_prefix(self._prompt_ids)
+        rounds = self._rounds()
         try:
-            while not self._transcript.ended and (round := self._next(rounds)):
-                yield Piece(*self._transcript.push(round.token_ids))
+            while (reason := self._reason()) is None:
+                round = next(rounds, None)
+                yield None if round is None else Piece(*self._transcript.push(round.token_ids))
             tail = self._transcript.flush()
         finally:
             self._write.add(self._transcript.token_ids)
             self._remember()
-        yield Piece(tail, (), self._result(cached))
+        return Piece(tail, (), self._result(cached, reason))
+
+    def _reason(self) -> FinishReason | None:
+        """Why the answer ends here, if it does."""
+        if self._transcript.ended:
+            return "stop"
+        said, rounds = len(self._transcript.token_ids), self._tally.rounds
+        if said >= self._limit or (said and rounds >= (self._options.max_rounds or sys.maxsize)):
+            return "length"
+        return "cancelled" if self._cancelled() else None
 
     def _remember(self) -> None:
         """Keep what was learned with the scope, unless that was deleted meanwhile."""
@@ -78,33 +107,89 @@ class Turn:
         if self._draft is not None:
             session.draft_memory.remember(self._write, self._draft.fingerprint)
 
-    def _rounds(self) -> Iterator[Round]:
-        options = self._options
-        width = None if options.max_draft_tokens is None else min(1 + options.max_draft_tokens, MAX_WIDTH)
-        if options.exact and not options.greedy:
-            # Rounding moves more than near-ties: probabilities, and which tokens survive a cut-off.
-            width = 1
+    def _rounds(self) -> Iterator[Round | None]:
+        """The rounds, and None after a step that only read. What runs out of memory is tried again with less."""
+        remedies: tuple[Callable[[], None], ...] = (lambda: None, self._drop_drafts, self._drop_caches)
+        for remedy in remedies:
+            remedy()
+            decoding = self._decoding()
+            while True:
+                mark = self._sampler.mark()
+                try:
+                    with self._timed():
+                        round = next(decoding)
+                except Exception as error:
+                    if not out_of_memory(error):
+                        raise
+                    reason = str(error)
+                    break  # out of the handler, which keeps the tensors of the failed pass alive
+                if round is not None:
+                    self._tally.add(round)
+                yield round
+            # The choices of a round that failed are made again.
+            self._sampler.back_to(mark)
+        raise MemoryLimitError(
+            f"the device ran out of memory after {len(self._prompt_ids)} tokens of prompt and "
+            f"{len(self._transcript.token_ids)} of output, without drafts and idle caches too; shorten the prompt, "
+            f"lower max_new_tokens or max_active, or load the model in a smaller dtype ({reason.splitlines()[0]})"
+        )
+
+    def _decoding(self) -> Iterator[Round | None]:
+        """From the text so far to its end."""
+        context = [*self._prompt_ids, *self._transcript.token_ids]
+        target = self._workspace.target
+        if target.can_rewind:
+            # Long prompts are read in chunks, a step each. The last token of each chunk is read again by the next,
+            # because a pass leaves it pending; what is left fits into the first round.
+            for end in range(target.common_prefix(context) + PREFILL_CHUNK, len(context), PREFILL_CHUNK - 1):
+                target.prefill(context[:end])
+                yield None
+        width = 1 if self._lean else self._width
         decoder = Decoder(
-            self._workspace.target,
+            target,
             self._drafter,
             width=width,
             successors=KEPT if "recycling" in self._names and width != 1 else 0,
             # A pass with a draft reads the prompt through another kernel, which rounds it differently.
-            prefill_drafts=not options.exact,
+            prefill_drafts=not self._options.exact,
         )
-        sampler = sampler_for(
-            self._prepared.model, self._options, len(self._prompt_ids), self._limit, self._prepared.probe.margin
-        )
-        return decoder.rounds(self._prompt_ids, sampler, limit=self._limit, end_token_ids=self._end_token_ids)
+        limit = self._limit - len(self._transcript.token_ids)
+        yield from decoder.rounds(context, self._sampler, limit=limit, end_token_ids=self._end_token_ids)
 
-    def _next(self, rounds: Iterator[Round]) -> Round | None:
+    @property
+    def _width(self) -> int | None:
+        options = self._options
+        if options.exact and not options.greedy:
+            # Rounding moves more than near-ties: probabilities, and which tokens survive a cut-off.
+            return 1
+        return None if options.max_draft_tokens is None else min(1 + options.max_draft_tokens, MAX_WIDTH)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
         with locked(self._prepared, self._draft):
             began = perf_counter()
-            round = next(rounds, None)
-            self._tally.seconds += perf_counter() - began
-        if round is not None:
-            self._tally.add(round)
-        return round
+            try:
+                yield
+            finally:
+                self._tally.seconds += perf_counter() - began
+
+    def _drop_drafts(self) -> None:
+        """From here on a token a pass, after what was committed before the pass that failed."""
+        self._lean = True
+        target = self._workspace.target
+        if target.can_rewind:
+            target.rewind(len(target.token_ids))
+        else:
+            self._workspace.target = self._prepared.start(marks=True)
+
+    def _drop_caches(self) -> None:
+        """Let go of all keys and values that nobody is using, and of this turn's own, which are read anew."""
+        if self._draft_model is not None:
+            self._draft_forwards = self._draft_model.forwards
+        self._drafter, self._draft_model = NoDrafts(), None
+        self._workspace.target = self._prepared.start(marks=True)
+        self._workspace.draft_target = self._draft.start() if self._draft else None
+        self._spare()
 
     @property
     def _names(self) -> Sequence[str]:
@@ -162,10 +247,10 @@ class Turn:
         window = self._session.window
         return lookahead.LookaheadDrafter(drafter, window.pool, window=10, length=5, worth=window.worth)
 
-    def _result(self, cached: int) -> GenerationResult:
+    def _result(self, cached: int, reason: FinishReason) -> GenerationResult:
         token_ids = tuple(self._transcript.token_ids)
-        reason: FinishReason = "stop" if self._transcript.ended else "length"
-        draft_forwards = self._draft_model.forwards if self._draft_model else 0
-        usage = Usage(len(self._prompt_ids), len(token_ids), cached)
+        reason = "stop" if self._transcript.ended else reason  # the text held back may have completed a stop string
+        draft_forwards = self._draft_model.forwards if self._draft_model else self._draft_forwards
+        usage = Usage(len(self._prompt_ids), len(token_ids), cached, self._dropped)
         statistics = self._tally.statistics(len(token_ids), draft_forwards)
         return GenerationResult(self._transcript.text, token_ids, reason, usage, statistics)

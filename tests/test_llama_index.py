@@ -230,6 +230,9 @@ class TestOptions:
             "stop": "END",
             "exact": True,
             "max_draft_tokens": 2,
+            "max_rounds": 4,
+            "timeout": 60,
+            "overflow": "slide",
         }
         llm = OuroborosLLM(ouroboros=scripted, max_tokens=8, scope="conversation:1", read_scopes=["corpus:b"], **given)
         llm.complete("x")

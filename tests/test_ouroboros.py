@@ -320,13 +320,13 @@ def test_what_was_learned_is_there_for_the_next_process(tmp_path: Path) -> None:
 
 
 def test_collecting_an_abandoned_stream_inside_a_lock_does_not_deadlock(tiny_ouroboros: Ouroboros) -> None:
-    stream = tiny_ouroboros.stream(PROMPT, scope="c", options=OPTIONS)
-    next(stream)
+    streams = [tiny_ouroboros.stream(PROMPT, scope="c", options=OPTIONS)]
+    next(streams[0])
     done = threading.Event()
 
     def collect() -> None:
         with tiny_ouroboros._sessions._lock:
-            stream.close()  # what the garbage collector does, in whichever thread allocates
+            streams.clear()  # what the garbage collector does, in whichever thread allocates
         done.set()
 
     threading.Thread(target=collect, daemon=True).start()

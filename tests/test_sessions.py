@@ -329,6 +329,7 @@ def test_what_is_dropped_is_freed_at_once(draft_model: str | None, abandoned: bo
             if not abandoned:
                 list(stream)
             del stream
+            ouroboros.flush()  # what was abandoned is put away
             (idle,) = ouroboros._sessions.open("c").shelf.idle
             targets = [weakref.ref(target) for target in idle.targets]
             del idle

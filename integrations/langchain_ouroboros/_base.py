@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Generator, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from langchain_core.language_models.base import BaseLanguageModel, LangSmithParams
 from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
@@ -14,8 +15,9 @@ from typing_extensions import override
 from ouroboros_llm import DecodingOptions, GenerationResult, OptionError, Ouroboros, Piece, __version__
 from ouroboros_llm.defaults import DEFAULT_STORE, default_model, shared
 from ouroboros_llm.memory_pool import MemorySource
+from ouroboros_llm.stream import off_the_loop
 
-from ._pieces import threaded, timed
+from ._pieces import ashown, shown
 
 PROVIDER = "ouroboros"
 
@@ -31,6 +33,8 @@ SAMPLING = (
     "logit_bias",
     "seed",
     "exact",
+    "max_rounds",
+    "overflow",
 )
 """Fields that say what is generated; `stop` is one too, but LangChain hands it over by itself."""
 
@@ -74,13 +78,18 @@ class OuroborosFields(BaseLanguageModel[Any]):
     seed: int | None = None
     exact: bool = False
     """Decide near-ties by a pass over one token, so that half precision chooses as plain decoding does."""
+    max_rounds: int | None = None
+    """Passes of the model behind the prompt, at most."""
+    overflow: Literal["error", "slide"] | None = None
+    """"slide": where the context is too small, the oldest exchanges (or tokens) of the prompt are left out."""
     stop: list[str] | str | None = None
     """Strings that end the text and are no part of it. Those of a call replace these."""
 
     max_draft_tokens: int | None = Field(default=None, repr=False)
     """Guesses per pass at most; 0 is plain decoding. Unset: as many as pay. It only changes how soon the text comes."""
     timeout: float | None = None
-    """Seconds that one answer may take; then `TimeoutError`, within a round. Neither loading nor the reader counts."""
+    """Seconds that one answer may take; then `RequestTimeoutError`, within a round. Its turn among other calls counts;
+    loading and the reader do not."""
     streaming: bool | None = None
     """True: `invoke` reports tokens to callbacks as they come. False: a chat model streams nowhere."""
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
@@ -126,8 +135,6 @@ class OuroborosFields(BaseLanguageModel[Any]):
     def _checked(self) -> Self:
         """This model. Raises OptionError where a setting is out of range or contradicts another."""
         self._options(None)
-        if self.timeout is not None and not self.timeout > 0:
-            raise OptionError(f"timeout must be a positive number of seconds, but got {self.timeout!r}")
         if isinstance(self.read_scopes, str):
             raise OptionError(f"read_scopes must be a list of names, but got the string {self.read_scopes!r}")
         if self.ouroboros is not None:
@@ -173,19 +180,26 @@ class OuroborosFields(BaseLanguageModel[Any]):
         options = {name: getattr(self, name) for name in SAMPLING}
         limit, stops = options.pop("max_tokens"), tuple(self._stop(stop) or ())
         try:
-            return DecodingOptions(max_new_tokens=limit, stop=stops, max_draft_tokens=self.max_draft_tokens, **options)
+            return DecodingOptions(
+                max_new_tokens=limit,
+                stop=stops,
+                max_draft_tokens=self.max_draft_tokens,
+                timeout=self.timeout,
+                **options,
+            )
         except OptionError as error:
             raise OptionError(str(error).replace("max_new_tokens", "max_tokens")) from None
 
     def _pieces(self, prompt: str | list[dict[str, Any]], stop: list[str] | None) -> Generator[Piece]:
         """The answer as it comes; nothing is loaded or decoded before the first piece is asked for."""
-        stream = self._loaded().stream(
-            prompt, scope=self.scope, read_scopes=self.read_scopes, options=self._options(stop)
-        )
-        yield from timed(stream, self.timeout)
+        yield from shown(self._stream_of(prompt, stop))
 
     def _apieces(self, prompt: str | list[dict[str, Any]], stop: list[str] | None) -> AsyncGenerator[Piece]:
-        return threaded(self._pieces(prompt, stop))
+        return ashown(off_the_loop(partial(self._stream_of, prompt, stop)))
+
+    def _stream_of(self, prompt: str | list[dict[str, Any]], stop: list[str] | None) -> Iterator[Piece]:
+        options = self._options(stop)
+        return self._loaded().stream(prompt, scope=self.scope, read_scopes=self.read_scopes, options=options)
 
     def _response_metadata(self, result: GenerationResult) -> dict[str, Any]:
         statistics = result.statistics

@@ -84,7 +84,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the librar
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[2]
-        if end > self.keys.shape[2]:
+        if end > self._capacity:
             self._grow(end, key_states.device)
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
@@ -127,10 +127,16 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the librar
     def _grow(self, length: int, device: torch.device) -> None:
         # What came from a file lies on one device, whichever the layer computes on.
         self.device = device
-        capacity = self.keys.shape[2]
-        self.resize(max(length, capacity + max(capacity // 2, _ROOM)))
+        self.resize(max(length, self._capacity + max(self._capacity // 2, _ROOM)))
+
+    @property
+    def _capacity(self) -> int:
+        # Where memory ran out, one of the two may have grown alone.
+        return min(self.keys.shape[2], self.values.shape[2])
 
     def _resized(self, old: torch.Tensor, capacity: int) -> torch.Tensor:
+        if old.shape[2] == capacity:
+            return old
         new = torch.zeros(*old.shape[:2], capacity, old.shape[3], dtype=old.dtype, device=self.device)
         new[:, :, : self.length] = old[:, :, : self.length]
         return new

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, cast
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as default_messages_to_prompt
 from llama_index.core.base.llms.types import (
@@ -18,12 +19,13 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import default_completion_to_prompt
 
-from ouroboros_llm import DecodingOptions
+from ouroboros_llm import DecodingOptions, Piece
+from ouroboros_llm.stream import off_the_loop
 
 from .configuration import ConfiguredLLM
 from .prompts import Prompt, chat_messages
 from .responses import chat_response, completion_response
-from .streams import Pieces, aclosed_with, acumulative, ain_full, closed_with, cumulative, in_full, in_thread
+from .streams import AsyncPieces, Pieces, aclosed_with, acumulative, ain_full, closed_with, cumulative, in_full
 
 
 class OuroborosLLM(ConfiguredLLM):
@@ -33,8 +35,8 @@ class OuroborosLLM(ConfiguredLLM):
     verify many guesses in one pass. Constructing it loads nothing; the first call does, or `load()`.
 
     Every call takes the generation options as keywords (`temperature`, `max_tokens`, `stop`, `seed`, `scope` ...); None
-    keeps what the constructor was given. Unknown keywords fail. Async methods decode in a thread of their own. Closing
-    a stream, or cancelling a task, stops decoding within a round. `raw` and `additional_kwargs` of the response, in a
+    keeps what the constructor was given. Unknown keywords fail. Async methods never block the event loop. Closing a
+    stream, or cancelling a task, stops decoding within a round. `raw` and `additional_kwargs` of the response, in a
     stream of the last one, hold the token usage, the finish reason and the decoding statistics.
 
     Examples:
@@ -93,15 +95,15 @@ class OuroborosLLM(ConfiguredLLM):
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        pieces = in_thread(self._pieces(self._completion_prompt(prompt, formatted), kwargs))
+        pieces = self._apieces(self._completion_prompt(prompt, formatted), kwargs)
         return await ain_full(pieces, completion_response)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        return await ain_full(in_thread(self._pieces(self._chat_prompt(messages), kwargs)), chat_response)
+        return await ain_full(self._apieces(self._chat_prompt(messages), kwargs), chat_response)
 
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
-        pieces = in_thread(self._pieces(self._completion_prompt(prompt, formatted), kwargs))
+        pieces = self._apieces(self._completion_prompt(prompt, formatted), kwargs)
 
         @llm_completion_callback()
         async def respond(llm: OuroborosLLM, prompt: str, **kwargs: Any) -> CompletionResponseAsyncGen:
@@ -110,7 +112,7 @@ class OuroborosLLM(ConfiguredLLM):
         return aclosed_with(await respond(self, prompt, formatted=formatted, **kwargs), pieces)
 
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        pieces = in_thread(self._pieces(self._chat_prompt(messages), kwargs))
+        pieces = self._apieces(self._chat_prompt(messages), kwargs)
 
         @llm_chat_callback()
         async def respond(llm: OuroborosLLM, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
@@ -136,15 +138,30 @@ class OuroborosLLM(ConfiguredLLM):
         return Prompt(text, chat_messages(self._extend_messages([ChatMessage(content=prompt)])))
 
     def _pieces(self, prompt: Prompt, call: dict[str, Any]) -> Pieces:
-        """Checks the call's keywords now; loads the model and decodes when iterated, in whatever thread does that."""
+        """Checks the call's keywords now; loads the model and decodes when iterated."""
+        return _begun(self._start(prompt, call))
+
+    def _apieces(self, prompt: Prompt, call: dict[str, Any]) -> AsyncPieces:
+        """As `_pieces`; what takes time happens in other threads."""
+        return off_the_loop(self._start(prompt, call))
+
+    def _start(self, prompt: Prompt, call: dict[str, Any]) -> Callable[[], Iterator[Piece]]:
         scope, read_scopes = (
             getattr(self, name) if call.get(name) is None else call[name] for name in ("scope", "read_scopes")
         )
-        return self._decode(prompt, self.options(call), scope, read_scopes)
+        return partial(self._stream, prompt, self.options(call), scope, read_scopes)
 
-    def _decode(
+    def _stream(
         self, prompt: Prompt, options: DecodingOptions, scope: str | None, read_scopes: Sequence[str]
-    ) -> Pieces:
+    ) -> Iterator[Piece]:
         ouroboros = self.load()
         form = prompt.form(bool(ouroboros.tokenizer.chat_template))
-        yield from ouroboros.stream(form, scope=scope, read_scopes=read_scopes, options=options)
+        return ouroboros.stream(form, scope=scope, read_scopes=read_scopes, options=options)
+
+
+def _begun(start: Callable[[], Iterator[Piece]]) -> Pieces:
+    pieces = cast("Pieces", start())
+    try:
+        yield from pieces
+    finally:
+        pieces.close()

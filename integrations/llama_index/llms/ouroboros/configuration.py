@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from llama_index.core.base.llms.types import LLMMetadata
@@ -41,6 +41,9 @@ _OPTIONS = (
     "stop",
     "exact",
     "max_draft_tokens",
+    "max_rounds",
+    "timeout",
+    "overflow",
 )
 _KEYWORDS = (*_OPTIONS, "scope", "read_scopes")
 
@@ -99,6 +102,16 @@ class ConfiguredLLM(LLM):
     )
     exact: bool = Field(default=False, description="Decide near-ties of half precision as plain decoding does.")
     max_draft_tokens: int | None = Field(default=None, description="Guesses per round at most; 0: plain decoding.")
+    max_rounds: int | None = Field(default=None, description="Passes of the model behind the prompt, at most.")
+    timeout: float | None = Field(
+        default=None,
+        description="Seconds that an answer may take, its turn among other calls included, loading and reader not; "
+        "then RequestTimeoutError.",
+    )
+    overflow: Literal["error", "slide"] | None = Field(
+        default=None,
+        description="'slide': where the context is too small, the oldest exchanges (or tokens) are left out.",
+    )
     context_window: int | None = Field(
         default=None,
         gt=0,

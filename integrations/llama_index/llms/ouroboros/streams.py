@@ -1,10 +1,8 @@
-"""Streams of responses: cumulative, closed for certain, and off the event loop."""
+"""Streams of responses: cumulative, and closed for certain."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Generator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
 from typing import TypeVar
 
@@ -61,20 +59,3 @@ async def aclosed_with(responses: AsyncGenerator[R, None], pieces: AsyncPieces) 
     async with aclosing(pieces), aclosing(responses):
         async for response in responses:
             yield response
-
-
-async def in_thread(pieces: Pieces) -> AsyncPieces:
-    """The same pieces, each computed in a thread of their own, so that the event loop stays free.
-
-    One thread per stream, not a shared pool: steps and the close come in order, and a stream that waits for the model
-    never takes the place of the one it waits for.
-    """
-    loop = asyncio.get_running_loop()
-    thread = ThreadPoolExecutor(1, thread_name_prefix="ouroboros")
-    try:
-        while (piece := await loop.run_in_executor(thread, next, pieces, None)) is not None:
-            yield piece
-    finally:
-        # Cancelled within a round: the close waits, in the thread, for the round to end; the caller does not.
-        thread.submit(pieces.close)
-        thread.shutdown(wait=False)

@@ -1,0 +1,69 @@
+"""What becomes of threads when their process forks, and when it ends."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import weakref
+from typing import Protocol
+
+EXIT_SECONDS = 30.0
+"""How long the end of the interpreter waits for the step that runs."""
+
+
+class Running(Protocol):
+    """Something with a thread of its own that takes steps."""
+
+    def hold(self) -> None:
+        """Let no step begin, and wait for the one that runs."""
+
+    def go_on(self) -> None:
+        """Undo `hold`."""
+
+    def forked(self) -> None:
+        """Start anew in a child process, where the thread does not exist. It is being held."""
+
+    def retire(self) -> None:
+        """End the thread after the step that runs."""
+
+    def join(self, timeout: float) -> None:
+        """Wait until the thread has ended, or that many seconds."""
+
+
+def watch(running: Running) -> None:
+    """Let forks and the end of the process wait for its steps, as long as it lives."""
+    _watched.add(running)
+
+
+_watched: weakref.WeakSet[Running] = weakref.WeakSet()
+_held: list[Running] = []
+
+
+def _before_fork() -> None:
+    _held[:] = list(_watched)
+    for running in _held:
+        running.hold()
+
+
+def _after_fork_in_parent() -> None:
+    while _held:
+        _held.pop().go_on()
+
+
+def _after_fork_in_child() -> None:
+    while _held:
+        _held.pop().forked()
+
+
+@atexit.register
+def _retire_all() -> None:
+    """A thread that runs a model must not meet the end of the interpreter: it would take the process down with it."""
+    watched = list(_watched)
+    for running in watched:
+        running.retire()
+    for running in watched:
+        running.join(EXIT_SECONDS)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -1,0 +1,84 @@
+"""What a caller wants of a worker, and where the two meet."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from queue import SimpleQueue
+from time import monotonic
+from typing import Generic, TypeVar
+
+AHEAD = 4
+"""Items that may lie there, not yet taken by the caller, before a request pauses."""
+
+Item = TypeVar("Item")
+Steps = Generator[Item | None, None, Item | None]
+"""What a request does: every `next` is one step and yields what it brought, if anything; the last item is returned,
+when everything is put away. Closing it between two steps abandons the request."""
+
+
+class End:
+    """The last thing that arrives of a request."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+
+
+class Request(Generic[Item]):
+    """One caller's work: the worker takes its steps, the caller takes what they bring.
+
+    The caller's side may run in a finalizer, in whichever thread and whatever locks that holds, so everything it does
+    here is setting a field or putting into a `SimpleQueue`, which cannot deadlock.
+    """
+
+    def __init__(
+        self, steps: Steps[Item], *, timeout: float | None = None, after: Callable[[], None] | None = None
+    ) -> None:
+        """`timeout`: seconds that it may wait and run, the time its caller leaves it paused not counted; `after`: what
+        remains to do when its steps are done and what others need not wait for."""
+        self.steps, self.timeout, self.after = steps, timeout, after
+        self.arrived: SimpleQueue[Item | End] = SimpleQueue()
+        self.on_arrival: Callable[[], None] | None = None
+        self.ended = threading.Event()
+        self.hurried = self.closed = False
+        self.whole = False
+        """Whether only the last item is wanted: then nobody need be woken before it."""
+        self._deadline: float | None = None
+        self._paused_at: float | None = None
+
+    def submitted(self) -> None:
+        """Time counts from here."""
+        self._deadline = None if self.timeout is None else monotonic() + self.timeout
+
+    @property
+    def ready(self) -> bool:
+        """Whether a step is wanted: the caller is not behind, or waits for the end alone."""
+        return self.hurried or self.whole or self.arrived.qsize() < AHEAD
+
+    def late(self, now: float) -> bool:
+        """Whether its time is over. While it is paused, no time passes for it."""
+        if self._deadline is None:
+            return False
+        if not self.ready:
+            self._paused_at = self._paused_at or now
+        elif self._paused_at is not None:
+            self._deadline += now - self._paused_at
+            self._paused_at = None
+        return self._paused_at is None and now > self._deadline
+
+    def bring(self, item: Item | None) -> None:
+        """What a step brought goes to the caller, if that wants it."""
+        if item is not None and not self.whole:
+            self.deliver(item)
+
+    def deliver(self, item: Item | End) -> None:
+        self.arrived.put(item)
+        if isinstance(item, End):
+            self.ended.set()
+        if (heard := self.on_arrival) is not None:
+            heard()
+
+
+def nothing() -> Generator[None, None, None]:
+    """Steps of a request that has none."""
+    yield from ()

@@ -1,0 +1,245 @@
+"""One thread per model that takes the steps of all requests in turn."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from time import monotonic
+from typing import Any
+
+from .errors import OuroborosError, QueueFullError, RequestTimeoutError
+from .lifetimes import watch
+from .request import End, Request, nothing
+
+MAX_ACTIVE, MAX_WAITING = 16, 256
+"""Requests that take turns, and further ones that wait for a place among them."""
+
+IDLE_SECONDS = 10.0
+"""How long the thread stays without any request."""
+
+
+class Worker:
+    """Runs requests, one step of each in turn, in a thread that starts with the first and ends when none comes.
+
+    Up to `max_active` requests take turns, not counting those that are paused because their callers are behind; the
+    next `max_waiting` wait, first come, first served. What one request raises reaches its caller alone.
+    """
+
+    def __init__(self, max_active: int = MAX_ACTIVE, max_waiting: int = MAX_WAITING) -> None:
+        self.max_active, self.max_waiting = max_active, max_waiting
+        self._reset()
+        watch(self)
+
+    def _reset(self) -> None:
+        # Re-entrant: a finalizer may submit a request in the middle of a submission.
+        self._lock = threading.RLock()
+        self._thread: threading.Thread | None = None
+        self._inbox: SimpleQueue[Request[Any] | None] = SimpleQueue()
+        self._unfinished: set[Request[Any]] = set()
+        self._waiting: deque[Request[Any]] = deque()
+        self._active: deque[Request[Any]] = deque()
+        self._retired = False
+        # Held during a step, and for a moment before it, so that a fork gets in between two steps, for certain.
+        self._step_lock, self._gate = threading.RLock(), threading.RLock()
+        self._afterwards: ThreadPoolExecutor | None = None
+
+    @property
+    def requests(self) -> int:
+        """Requests that are not finished: waiting, running or paused."""
+        return len(self._unfinished)
+
+    @property
+    def is_current_thread(self) -> bool:
+        """Whether the caller runs in a step."""
+        return threading.current_thread() is self._thread
+
+    def submit(self, request: Request[Any]) -> None:
+        """Let a request take its turns.
+
+        Raises:
+            QueueFullError: so many are unfinished that it had to wait behind `max_waiting` others.
+        """
+        if self.is_current_thread:
+            raise OuroborosError("a step of a request cannot wait for another request; make that call in a thread")
+        with self._lock:
+            if len(self._unfinished) >= self.max_active + self.max_waiting:
+                raise QueueFullError(len(self._unfinished), self.max_active, self.max_waiting)
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="ouroboros-worker", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._unfinished.add(request)
+            request.submitted()
+            self._inbox.put(request)
+
+    def wake(self) -> None:
+        """Look again: a caller has taken something, or wants no more. Safe in finalizers."""
+        self._inbox.put(None)
+
+    def settle(self) -> None:
+        """Wait until requests that were closed before have put everything away."""
+        if self.requests and not self.is_current_thread:
+            # What remains of those before it is done in the same order, and so before what remains of this one.
+            barrier: Request[None] = Request(nothing(), after=lambda: None)
+            with suppress(QueueFullError):
+                self.submit(barrier)
+                barrier.ended.wait()
+
+    def retire(self) -> None:
+        """Close what is unfinished, and end the thread."""
+        self._retired = True
+        self.wake()
+
+    def join(self, timeout: float) -> None:
+        if (thread := self._thread) is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+
+    def _run(self) -> None:
+        while not self._retired:
+            with self._gate:
+                pass
+            with self._step_lock:
+                worked = self._turn()
+            if not worked and not self._rest():
+                return
+        with self._lock:
+            for request in tuple(self._unfinished):
+                self._drop(request, OuroborosError("the request was given up, because the interpreter exits"))
+            self._inbox, self._retired, self._thread = SimpleQueue(), False, None
+
+    def _turn(self) -> bool:
+        """One step of the request whose turn it is; whether there was any."""
+        with suppress(Empty):
+            while True:
+                self._take_in(self._inbox.get_nowait())
+        self._drop_ended()
+        self._admit()
+        for _ in range(len(self._active)):
+            request = self._active[0]
+            self._active.rotate(-1)
+            if request.ready:
+                self._step(request)
+                return True
+        return False
+
+    def _rest(self) -> bool:
+        """Wait for a message; False where none came for long and the thread is to end."""
+        # Whoever waits has been admitted by now: only paused requests are left, whose callers will wake us.
+        try:
+            self._take_in(self._inbox.get(timeout=None if self._unfinished else IDLE_SECONDS))
+            return True
+        except Empty:
+            with self._lock:
+                if not self._inbox.empty() or self._unfinished:
+                    return True
+                self._thread = None
+                if self._afterwards is not None:
+                    self._afterwards.shutdown(wait=False)
+                    self._afterwards = None
+                return False
+
+    def _take_in(self, request: Request[Any] | None) -> None:
+        if request is not None:
+            self._waiting.append(request)
+
+    def _admit(self) -> None:
+        running = sum(request.ready for request in self._active)
+        while self._waiting and running < self.max_active:
+            self._active.append(self._waiting.popleft())
+            running += 1
+        # Those who only want to hear the end need not wait for it.
+        for request in [request for request in self._waiting if request.hurried]:
+            self._waiting.remove(request)
+            self._active.append(request)
+
+    def _drop_ended(self) -> None:
+        now = monotonic()
+        for request in (*self._active, *self._waiting):
+            if request.closed:
+                self._drop(request, None)
+            elif request.late(now):
+                self._drop(request, RequestTimeoutError(request.timeout or 0.0, waiting=request in self._waiting))
+
+    def _step(self, request: Request[Any]) -> None:
+        try:
+            item = next(request.steps)
+        except StopIteration as end:
+            self._finish(request, end.value, None)
+        except BaseException as error:
+            self._finish(request, None, error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
+        else:
+            request.bring(item)
+
+    def _drop(self, request: Request[Any], error: BaseException | None) -> None:
+        """End a request between two steps."""
+        try:
+            request.steps.close()
+        except BaseException as raised:
+            error = error or raised
+        self._finish(request, None, error)
+
+    def _finish(self, request: Request[Any], last: Any, error: BaseException | None) -> None:
+        for requests in (self._active, self._waiting):
+            with suppress(ValueError):
+                requests.remove(request)
+        request.steps = nothing()
+        if request.after is None:
+            return self._end(request, last, error)
+        if self._afterwards is None:
+            self._afterwards = ThreadPoolExecutor(1, thread_name_prefix="ouroboros-after")
+        try:
+            self._afterwards.submit(self._end, request, last, error)
+        except RuntimeError:  # the interpreter exits
+            self._end(request, last, error)
+
+    def _end(self, request: Request[Any], last: Any, error: BaseException | None) -> None:
+        try:
+            if request.after is not None:
+                request.after()
+        except BaseException as raised:
+            error = error or raised
+        with self._lock:
+            self._unfinished.discard(request)
+        if last is not None:
+            request.deliver(last)
+        request.deliver(End(error))
+        self.wake()
+
+    def hold(self) -> None:
+        """Let no step begin, and wait for the one that runs."""
+        self._gate.acquire()
+        self._step_lock.acquire()
+
+    def go_on(self) -> None:
+        """Undo `hold`."""
+        self._step_lock.release()
+        self._gate.release()
+
+    def forked(self) -> None:
+        """Start anew in a child process, where the thread does not exist. It is being held."""
+        requests = self._unfinished
+        self._reset()
+        for request in requests:
+            # Ending them would write to the parent's files and connections.
+            _of_the_parent.append((request.steps, request.after))
+            request.steps, request.after, request.on_arrival = nothing(), None, None
+            request.deliver(End(OuroborosError("the request belongs to the parent process; ask again in this one")))
+
+
+def worker_of(model: Any) -> Worker:
+    """The worker of a model, whoever uses it: the same object for the same model, which it does not keep alive."""
+    with _finding:
+        worker = _by_model.get(model)
+        if worker is None:
+            worker = _by_model[model] = Worker()
+            weakref.finalize(model, worker.retire).atexit = False
+        return worker
+
+
+_by_model: weakref.WeakKeyDictionary[Any, Worker] = weakref.WeakKeyDictionary()
+_finding = threading.RLock()
+_of_the_parent: list[object] = []
