@@ -35,6 +35,7 @@ from ouroboros_llm import (
     Ouroboros,
     Piece,
     PromptError,
+    RequestTimeoutError,
     Usage,
 )
 from ouroboros_llm.defaults import DEFAULT_STORE
@@ -594,6 +595,15 @@ class TestTinyModel:
             if method in STREAMS:
                 assert "".join(response.delta for response in streamed) == expected
         assert streamed[-1].raw["usage"]["prompt_tokens"] > 0
+
+    @pytest.mark.parametrize("method", SYNC + ASYNC)
+    async def test_a_time_limit(
+        self, tiny: Callable[..., OuroborosLLM], tiny_ouroboros: Ouroboros, method: str
+    ) -> None:
+        with pytest.raises(RequestTimeoutError, match="timeout=1e-09"):
+            await responses(tiny(timeout=1e-9), method)
+        assert not tiny_ouroboros._worker.requests
+        assert text_of((await responses(tiny(timeout=PATIENCE), method))[-1])
 
     def test_stop_and_sampling(self, tiny: Callable[..., OuroborosLLM]) -> None:
         whole = tiny().complete("Tell me", formatted=True).text
