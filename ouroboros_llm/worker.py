@@ -15,7 +15,7 @@ from .errors import OuroborosError, QueueFullError, RequestTimeoutError
 from .lifetimes import watch
 from .request import End, Request, nothing
 
-MAX_ACTIVE, MAX_WAITING = 16, 256
+MAX_ACTIVE, MAX_WAITING = 16, 1024
 """Requests that take turns, and further ones that wait for a place among them."""
 
 IDLE_SECONDS = 10.0
