@@ -92,13 +92,17 @@ class Detokenizer:
 
     _LONGEST_CHARACTER = 8
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, kept_tokens: Mapping[int, str] | None = None) -> None:
+        """`kept_tokens`: special tokens that are shown as their text; all others are left out."""
         self._tokenizer = tokenizer
+        self._kept_tokens = kept_tokens or {}
         self._token_ids: list[int] = []
         self._start = self._done = 0
 
     def push(self, token_id: int) -> str:
         """The text that is certain now; empty while a character is incomplete."""
+        if token_id in self._kept_tokens:
+            return self.flush() + self._keep(token_id)
         self._token_ids.append(token_id)
         # Bytes that still are no character after so many tokens never will be one.
         waits = len(self._token_ids) - self._done < self._LONGEST_CHARACTER
@@ -107,6 +111,12 @@ class Detokenizer:
     def flush(self) -> str:
         """What was held back, incomplete characters as replacement characters."""
         return self._take(waits=False)
+
+    def _keep(self, token_id: int) -> str:
+        self._token_ids.append(token_id)
+        # What follows is decoded without what stands before: bytes on both sides are never one character.
+        self._start = self._done = len(self._token_ids)
+        return self._kept_tokens[token_id]
 
     def _take(self, waits: bool) -> str:
         text = self._decode(len(self._token_ids))
@@ -155,8 +165,15 @@ class StopStrings:
 class Transcript:
     """Turns tokens into the text of an answer, and knows where the answer ends."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], end_token_ids: Collection[int]) -> None:
-        self._detokenizer, self._stop_strings = Detokenizer(tokenizer), StopStrings(stop)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str],
+        end_token_ids: Collection[int],
+        kept_tokens: Mapping[int, str] | None = None,
+    ) -> None:
+        """`kept_tokens`: special tokens that are part of the text, as a reply's markers are (`ReplyFormat`)."""
+        self._detokenizer, self._stop_strings = Detokenizer(tokenizer, kept_tokens), StopStrings(stop)
         self._end_token_ids = end_token_ids
         self.token_ids: list[int] = []
         self.text = ""

@@ -1,0 +1,45 @@
+"""What a model's reply consists of: content, reasoning and tool calls, read from the model's own markup.
+
+`format_of(tokenizer)` says how a model marks them; the format's `parse` takes a whole reply apart, its `stream` one
+that comes in pieces.
+"""
+
+from .call_writer import next_call
+from .formats import ReplyFormat, format_of
+from .json_text import spoiled
+from .reply import (
+    ArgumentsDelta,
+    CallEnd,
+    CallStart,
+    ContentDelta,
+    Delta,
+    InvalidToolCall,
+    ReasoningDelta,
+    Reply,
+    ToolCall,
+    reply_of,
+)
+from .response_template import TemplateStream
+from .stream import ReplyStream
+from .templates import arguments_form, template_tool_calls
+
+__all__ = [
+    "ArgumentsDelta",
+    "CallEnd",
+    "CallStart",
+    "ContentDelta",
+    "Delta",
+    "InvalidToolCall",
+    "ReasoningDelta",
+    "Reply",
+    "ReplyFormat",
+    "ReplyStream",
+    "TemplateStream",
+    "ToolCall",
+    "arguments_form",
+    "format_of",
+    "next_call",
+    "reply_of",
+    "spoiled",
+    "template_tool_calls",
+]

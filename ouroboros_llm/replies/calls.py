@@ -1,0 +1,235 @@
+"""Reads the calls of one marked section while it comes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .call_object import CallObject
+from .call_writer import CallWriter
+from .markup import Section, first_marker, unfinished_marker
+from .reply import Delta
+from .whole_calls import read_whole
+
+_FENCE = re.compile(r"```\w*")
+_CUT_OFF = "the call is cut off"
+
+
+class CallsReader:
+    """Reads a section of calls. `rest` is None while it goes on, then the text that follows it.
+
+    What cannot be read becomes an invalid call, up to the marker that ends the section, or to a marker that begins
+    another one where nothing ends this kind.
+    """
+
+    def __init__(
+        self,
+        section: Section,
+        writer: CallWriter,
+        schemas: Mapping[str, Mapping[str, Any]],
+        begins: tuple[str, ...] = (),
+    ) -> None:
+        """`begins`: the markers that begin other sections."""
+        self._section, self._writer, self._schemas = section, writer, schemas
+        self._ends = section.closes or begins
+        self._text = ""
+        self._phase = self._between
+        self._read = self._depth = 0
+        self._object = CallObject()
+        self._shown = 0  # characters of the object that were given out
+        self._search = 0  # where in the text an end may stand
+        self._error = ""
+        self._deltas: list[Delta] = []
+        self.rest: str | None = None
+        self.closed = False
+        """Whether the section ended with one of its own markers."""
+        self.doubtful = False
+        """Whether an object may be something else: without arguments, or beginning with what no call has."""
+
+    def push(self, text: str) -> list[Delta]:
+        self._text += text
+        return self._run(final=False)
+
+    def end(self) -> list[Delta]:
+        """No more text comes."""
+        deltas = self._run(final=True)
+        self.rest = self.rest or ""
+        return deltas
+
+    def _run(self, final: bool) -> list[Delta]:
+        while self.rest is None and self._phase(final):
+            pass
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    # Each phase reads on and says whether another step can be taken; `final`: nothing more comes.
+
+    def _between(self, final: bool) -> bool:
+        """Before a call, or after one."""
+        text = self._text.lstrip()
+        if not text:
+            return final and self._note_empty()
+        if marker := next((close for close in self._section.closes if text.startswith(close)), None):
+            self.closed = True
+            self._note_empty()
+            return self._finish(text[len(marker) :])
+        if not final and self._undecided(text):
+            return False
+        if text[0] == "{":
+            return self._begin_object(text)
+        if separator := self._separator(text):
+            self._text = text[separator:]
+            return True
+        if not self._read and self._section.style:
+            self._phase, self._search = (self._head if self._section.style == "headed" else self._whole), 0
+            self._text = text
+            return True
+        if not self._read and self._ends:
+            return self._break("a call must begin with {", 0)
+        return self._finish(self._text)
+
+    def _note_empty(self) -> bool:
+        """A section without any call is an invalid one, so that nothing of the reply is lost."""
+        if not self._read and self._section.open:
+            self._deltas += self._writer.whole(None, "", error="no call follows where one is announced")
+            self._read += 1
+        return False
+
+    def _undecided(self, text: str) -> bool:
+        """Whether what `text` begins with depends on what follows."""
+        markers = (*self._section.closes, *self._section.inner, "```")
+        if any(marker.startswith(text) and marker != text for marker in markers):
+            return True
+        if fence := _FENCE.match(text):
+            return fence.end() == len(text)
+        return not text.strip("[,; \t\r\n")
+
+    def _separator(self, text: str) -> int:
+        """Characters at the beginning that only separate calls."""
+        if fence := _FENCE.match(text):
+            return fence.end()
+        if marker := next((inner for inner in self._section.inner if text.startswith(inner)), None):
+            return len(marker)
+        following = text[1:].lstrip()[:1]
+        if text[0] == "[" and following in ("{", "[") and not self._read:
+            self._depth += 1
+            return 1
+        if text[0] == "]" and self._depth:
+            self._depth -= 1
+            return 1
+        return int(text[0] in ",;" and self._read > 0 and following in ("{", "["))
+
+    def _begin_object(self, text: str, headed: bool = False) -> bool:
+        self._object, self._shown = CallObject(headed), 0
+        self._text, self._phase = text, self._json
+        return True
+
+    def _head(self, final: bool) -> bool:
+        """What names a call, up to its arguments."""
+        end = first_marker(self._text, ("{", *self._ends))
+        if end is None:
+            return final and self._break(_CUT_OFF, 0)
+        head = self._section.head.fullmatch(self._text[: end[0]]) if self._section.head else None
+        if end[1] != "{" or head is None:
+            return self._break("a call must be a name and its arguments", 0)
+        groups = head.groupdict()
+        self._deltas += self._writer.start(groups["name"], groups.get("id"))
+        return self._begin_object(self._text[end[0] :], headed=True)
+
+    def _json(self, final: bool) -> bool:
+        """Inside an object."""
+        read = self._object.json
+        read.push(self._text)
+        self._text = ""
+        self.doubtful |= self._object.doubtful
+        self._show()
+        if read.done:
+            self._text, self._phase = read.text[read.at :], self._between
+            self._read += 1
+            return self._complete()
+        if read.error is None and not final:
+            return False
+        # A string that swallowed the end of the section is the likeliest mistake.
+        search = read.at if read.doubtful is None else read.doubtful
+        self._text = read.text
+        return self._break(read.error or _CUT_OFF, search)
+
+    def _show(self) -> None:
+        """Give out what is certain of the arguments."""
+        read, arguments = self._object.json, self._object.arguments
+        if arguments is None or not read.text.startswith("{", arguments.start):
+            return
+        if not self._writer.open:
+            if self._section.own_ids or not (name := self._object.name):
+                return
+            self._deltas += self._writer.start(name, self._object.id)
+        limit = read.at if arguments.end is None else arguments.end
+        if read.doubtful is not None:
+            # An end marker inside a string may be the section's own, if the string turns out to have no end.
+            found = first_marker(read.text, self._ends, read.doubtful)
+            limit = min(limit, found[0] if found else unfinished_marker(read.text, self._ends, read.doubtful))
+        start = max(arguments.start, self._shown)
+        if limit > start:
+            self._deltas += self._writer.arguments(read.text[start:limit])
+            self._shown = limit
+
+    def _complete(self) -> bool:
+        """The object is whole: give out what is left of the call, and whether it is one."""
+        name, text, error = self._object.verdict()
+        if not self._writer.open:
+            self._deltas += self._writer.whole(name, text, self._object.id, error)
+            return True
+        read = self._object.json
+        unread = read.text[self._shown : read.at] if self._object.repeats else ""
+        self._deltas += self._writer.end(error, unread)
+        return True
+
+    def _whole(self, final: bool) -> bool:
+        """Inside a call in another style than JSON: it ends at the first end marker before which it can be read."""
+        while found := first_marker(self._text, self._section.closes, self._search):
+            if self._take_whole(self._text[: found[0]]):
+                self.closed = True
+                return self._finish(self._text[found[0] + len(found[1]) :])
+            self._search = found[0] + 1
+        self._search = max(self._search, unfinished_marker(self._text, self._section.closes, self._search))
+        if not final:
+            return False
+        return self._finish("") if self._take_whole(self._text) else self._break(self._error or _CUT_OFF, 0)
+
+    def _take_whole(self, body: str) -> bool:
+        assert self._section.style is not None
+        try:
+            calls = read_whole(self._section.style, body, self._schemas)
+        except ValueError as error:
+            self._error = self._error or str(error)  # the first is of the part that most likely was meant
+            return False
+        for name, arguments in calls:
+            self._deltas += self._writer.whole(name, arguments)
+        return True
+
+    def _break(self, error: str, search: int) -> bool:
+        """Give up on a call; `search`: where in its text its end may stand."""
+        self._error, self._search, self._phase = error, search, self._broken
+        return True
+
+    def _broken(self, final: bool) -> bool:
+        end = first_marker(self._text, self._ends, self._search)
+        if end is None and not final:
+            self._search = max(self._search, unfinished_marker(self._text, self._ends, self._search))
+            return False
+        body = self._text if end is None else self._text[: end[0]]
+        shown = self._shown
+        if not self._writer.open:
+            arguments, name = self._object.arguments, self._object.name
+            shown = arguments.start if arguments and name else 0
+            self._deltas += self._writer.start(name, self._object.id)
+        self._deltas += self._writer.end(self._error, body[shown:].rstrip())
+        if end is None:
+            return self._finish("")
+        self.closed = end[1] in self._section.closes
+        return self._finish(self._text[end[0] + (len(end[1]) if self.closed else 0) :])
+
+    def _finish(self, rest: str) -> bool:
+        self.rest = rest
+        return False

@@ -1,0 +1,71 @@
+"""What a chat template does with tool calls of earlier turns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from .json_text import object_of
+from .reply import InvalidToolCall, ToolCall
+
+_PROBE = {"probe_key": "probe value"}
+_PROBE_TEXT = '{"probe_key": "probe value"}'
+ArgumentsForm = Literal["object", "text"]
+
+
+def arguments_form(tokenizer: PreTrainedTokenizerBase) -> ArgumentsForm | None:
+    """How the chat template wants the arguments of a call: as an object, or as JSON text. None: it shows no calls.
+
+    Found out by rendering one: a template that writes objects as JSON quotes a text again; one that pastes text shows
+    an object in Python's notation, or fails. Costs two renderings; ask once per tokenizer.
+    """
+    if not tokenizer.chat_template:
+        return None
+    as_object, as_text = _rendered(tokenizer, _PROBE), _rendered(tokenizer, _PROBE_TEXT)
+    if "probe_tool" not in as_object + as_text:
+        return None
+    return "text" if _PROBE_TEXT in as_text and _PROBE_TEXT not in as_object else "object"
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, arguments: Any) -> str:
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "question"},
+        {"role": "assistant", "content": "", "tool_calls": [_entry("probe_tool", arguments, "call00000")]},
+        {"role": "tool", "content": "result", "name": "probe_tool", "tool_call_id": "call00000"},
+    ]
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # a template may raise anything
+        return ""
+
+
+def _entry(name: str, arguments: Any, id: str) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def template_tool_calls(
+    calls: Sequence[ToolCall | InvalidToolCall], form: ArgumentsForm | None
+) -> list[dict[str, Any]]:
+    """`calls` as a message's `tool_calls` for the chat template; `form` is `arguments_form(tokenizer)`.
+
+    Invalid calls keep their text, as an object if it happens to be one.
+    """
+    entries = []
+    for call in calls:
+        arguments: Any = call.arguments
+        if form == "text" and not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        elif form != "text" and isinstance(arguments, str):
+            arguments = _object(arguments)
+        entries.append(_entry(call.name or "", arguments, call.id))
+    return entries
+
+
+def _object(text: str) -> Any:
+    try:
+        return object_of(text)
+    except ValueError:
+        return text
