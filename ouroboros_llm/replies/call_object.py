@@ -8,11 +8,11 @@ from typing import Any
 
 from .json_text import JsonObject, Member, object_of
 
-_NAMES = ("name", "tool_name")
+_FUNCTION = "function"
+_NAMES = ("name", "tool_name", _FUNCTION)
 _ARGUMENTS = ("arguments", "parameters")
 _IDS = ("id", "tool_call_id")
-_FUNCTION = "function"
-_KEYS = frozenset({*_NAMES, *_ARGUMENTS, *_IDS, _FUNCTION, "type"})
+_KEYS = frozenset({*_NAMES, *_ARGUMENTS, *_IDS, "type"})
 
 
 class CallObject:
@@ -78,9 +78,8 @@ class CallObject:
             # Some models write JSON inside a JSON string, as in OpenAI's interface.
             text = value if isinstance(value, str) else self.json.text[arguments.start : arguments.end]
             return self.name, "{}" if text in ("null", "") else text
-        if (function := self._value(self._member((_FUNCTION,)))) is not None:
-            return _openai(function)
-        return self.name, "{}"
+        function = self._value(self._member((_FUNCTION,)))
+        return _openai(function) if isinstance(function, dict) else (self.name, "{}")
 
     def _member(self, keys: Iterable[str]) -> Member | None:
         return next((member for member in self.json.members if member.key in keys), None)
@@ -94,15 +93,12 @@ class CallObject:
             return None
 
     def _string(self, keys: tuple[str, ...]) -> str | None:
-        value = self._value(self._member(keys))
-        return value if isinstance(value, str) and value else None
+        values = (self._value(member) for member in self.json.members if member.key in keys)
+        return next((value for value in values if value and isinstance(value, str)), None)
 
 
-def _openai(function: Any) -> tuple[str | None, str]:
-    """Name and arguments of `"function": {"name": ..., "arguments": ...}`, or of `"function": "name"`."""
-    if isinstance(function, str):
-        return function or None, "{}"
-    if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
-        return None, "{}"
-    arguments: Any = next((function[key] for key in _ARGUMENTS if key in function), None)
-    return name or None, arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
+def _openai(function: dict[str, Any]) -> tuple[str | None, str]:
+    """Name and arguments of `"function": {"name": ..., "arguments": ...}`."""
+    name, arguments = function.get("name"), next((function[key] for key in _ARGUMENTS if key in function), None)
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
+    return name if name and isinstance(name, str) else None, text

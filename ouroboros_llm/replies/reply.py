@@ -24,7 +24,7 @@ class InvalidToolCall:
     name: str | None
     """None where the text does not get as far as the name."""
     arguments: str
-    """What the model wrote for the arguments; without a name, all that it wrote."""
+    """What the model wrote for the arguments, and after; all of the call if it does not get that far."""
     error: str
     id: str
 

@@ -204,9 +204,14 @@ class ReplyStream:
         if self._reader.rest is None:
             return False
         self._text = self._reader.rest
-        self._stray = () if self._reader.closed else self._section.closes
+        self._stray = self._ends_to_come(self._reader.closed)
         self._phase = self._outside
         return bool(self._text) or final
+
+    def _ends_to_come(self, closed: bool) -> tuple[str, ...]:
+        """End markers that are no text: the section's own if it is over without, or of one that was not begun."""
+        sections = [section for section in self._sections.values() if section.kind == "calls"]
+        return tuple({end for section in sections for end in section.closes if not closed or section != self._section})
 
     def _header(self, final: bool) -> bool:
         """What kind of message follows: `analysis`, `commentary to=functions.f`, `final`."""

@@ -1,0 +1,1 @@
+"""Replies of models that describe them themselves, and chat templates that write calls."""
