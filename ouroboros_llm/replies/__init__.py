@@ -4,8 +4,8 @@
 that comes in pieces.
 """
 
-from .call_writer import next_call
-from .formats import ReplyFormat, format_of
+from .families import format_of
+from .formats import ReplyFormat
 from .json_text import spoiled
 from .reply import (
     ArgumentsDelta,
@@ -38,7 +38,6 @@ __all__ = [
     "ToolCall",
     "arguments_form",
     "format_of",
-    "next_call",
     "reply_of",
     "spoiled",
     "template_tool_calls",

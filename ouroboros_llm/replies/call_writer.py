@@ -11,35 +11,37 @@ from .reply import ArgumentsDelta, CallEnd, CallStart, Delta
 _ID = re.compile(r"call(\d{5,})")
 
 
-def call_id(number: int) -> str:
-    """The id of a call to which the model gave none. Mistral's templates want nine letters or digits."""
-    return f"call{number:05d}"
-
-
-def next_call(ids: Iterable[str | None]) -> int:
-    """The number after the highest that one of `ids` is made of.
-
-    Of the ids in a conversation this makes ids that are new in it, and the same whenever it is repeated.
-    """
-    numbers = [int(match[1]) for id in ids if id and (match := _ID.fullmatch(id))]
-    return max(numbers, default=-1) + 1
-
-
 class CallWriter:
-    """Makes the deltas of calls, one call after another."""
+    """Makes the deltas of calls, one call after another.
 
-    def __init__(self, first_call: int = 0) -> None:
-        """`first_call`: the number that the first id is made of."""
-        self._first = first_call
-        self._count = 0
+    A call gets the id that the model gave it, unless another one has it already; else one that counts on from those
+    in the conversation. So ids are unique there, and the same whenever the conversation is repeated.
+    """
+
+    def __init__(self, ids: Iterable[str | None] = ()) -> None:
+        """`ids`: of the calls in the conversation so far."""
+        self._taken = set(ids)
+        numbers = [int(match[1]) for id in self._taken if id and (match := _ID.fullmatch(id))]
+        self._number = max(numbers, default=-1) + 1
+        self._index = -1
         self._controls = ControlCharacters()
         self.open = False
         """Whether a call has begun and not ended."""
 
     def start(self, name: str | None, id: str | None = None) -> list[Delta]:
-        self._count += 1
+        if not id or id in self._taken:
+            id = self._next_id()
+        self._taken.add(id)
+        self._index += 1
         self.open, self._controls = True, ControlCharacters()
-        return [CallStart(self._index, id or call_id(self._first + self._index), name)]
+        return [CallStart(self._index, id, name)]
+
+    def _next_id(self) -> str:
+        while True:
+            # Mistral's templates want nine letters or digits.
+            id, self._number = f"call{self._number:05d}", self._number + 1
+            if id not in self._taken:
+                return id
 
     def arguments(self, text: str) -> list[Delta]:
         text = self._controls.push(text)
@@ -55,7 +57,3 @@ class CallWriter:
     def whole(self, name: str | None, arguments: str, id: str | None = None, error: str | None = None) -> list[Delta]:
         """All deltas of a call."""
         return [*self.start(name, id), *self.arguments(arguments), *self.end(error)]
-
-    @property
-    def _index(self) -> int:
-        return self._count - 1

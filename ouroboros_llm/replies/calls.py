@@ -12,7 +12,8 @@ from .markup import Section, first_marker, unfinished_marker
 from .reply import Delta
 from .whole_calls import read_whole
 
-_FENCE = re.compile(r"```\w*")
+_FENCE = re.compile(r"```(?:json|tool_call|tool_code|python)?(?!\w)")
+_FENCE_WORD = re.compile(r"```\w*")
 _CUT_OFF = "the call is cut off"
 
 
@@ -36,6 +37,7 @@ class CallsReader:
         self._text = ""
         self._phase = self._between
         self._read = self._depth = 0
+        self._doubled = False
         self._object = CallObject()
         self._shown = 0  # characters of the object that were given out
         self._search = 0  # where in the text an end may stand
@@ -76,11 +78,11 @@ class CallsReader:
             return self._finish(text[len(marker) :])
         if not final and self._undecided(text):
             return False
-        if text[0] == "{":
-            return self._begin_object(text)
         if separator := self._separator(text):
             self._text = text[separator:]
             return True
+        if text[0] == "{":
+            return self._begin_object(text)
         if not self._read and self._section.style:
             self._phase, self._search = (self._head if self._section.style == "headed" else self._whole), 0
             self._text = text
@@ -101,9 +103,9 @@ class CallsReader:
         markers = (*self._section.closes, *self._section.inner, "```")
         if any(marker.startswith(text) and marker != text for marker in markers):
             return True
-        if fence := _FENCE.match(text):
+        if fence := _FENCE_WORD.match(text):
             return fence.end() == len(text)
-        return not text.strip("[,; \t\r\n")
+        return not text.strip("[{,; \t\r\n")
 
     def _separator(self, text: str) -> int:
         """Characters at the beginning that only separate calls."""
@@ -112,6 +114,12 @@ class CallsReader:
         if marker := next((inner for inner in self._section.inner if text.startswith(inner)), None):
             return len(marker)
         following = text[1:].lstrip()[:1]
+        if text[0] == following == "{" and not self._read:
+            # Qwen2.5-Coder's chat template shows its format in doubled braces, and the model may copy them.
+            self._doubled = True
+            return 1
+        if text[0] == "}" and self._doubled:
+            return 1
         if text[0] == "[" and following in ("{", "[") and not self._read:
             self._depth += 1
             return 1

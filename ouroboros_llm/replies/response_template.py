@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .call_writer import CallWriter
@@ -16,8 +16,16 @@ _REASONING = frozenset({"reasoning_content", "reasoning", "thinking"})
 _CALLS = "tool_calls"
 
 
-def loaded(template: Mapping[str, Any]) -> Any:
-    """The template with its patterns compiled. Raises ValueError for one that transformers does not take."""
+def is_usable(template: Any) -> bool:
+    """Whether this version of transformers takes the template."""
+    try:
+        _loaded(template)
+    except (ImportError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _loaded(template: Mapping[str, Any]) -> Any:
     from transformers.utils.chat_parsing.response_templates import load_response_template
 
     return load_response_template(dict(template))
@@ -36,11 +44,11 @@ class TemplateStream:
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         prompt: str = "",
-        first_call: int = 0,
+        ids: Iterable[str | None] = (),
     ) -> None:
         """See `ReplyFormat.stream`."""
-        self._template, self._schemas = loaded(template), offered(tools)
-        self._calls = CallWriter(first_call)
+        self._template, self._schemas = _loaded(template), offered(tools)
+        self._calls = CallWriter(ids)
         self._content, self._reasoning = Flow(ContentDelta), Flow(ReasoningDelta)
         self._text, self._at = "", 0
         self._field: Any = None  # the region that is open; None: the one that no marker opens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .call_writer import CallWriter
@@ -13,7 +13,10 @@ from .reply import CallStart, ContentDelta, Delta, ReasoningDelta, offered
 
 # Qwen2.5-Coder wraps calls in the tag that its prompt wraps tools in, or forgets the tag that begins a call.
 _BARE = Section("calls", "", inner=("<tools>", "</tools>", "</tool_call>"))
-_RECIPIENT = re.compile(r"\bto=(?:functions\.)?([^\s<]+)")
+_HEADER = re.compile(
+    r"(?:assistant)?\s*(?:to=(?:functions\.)?(?P<to>[^\s<]+))?\s*(?:<\|channel\|>)?\s*"
+    r"(?P<channel>analysis|commentary|final)?\s*(?:to=(?:functions\.)?(?P<then>[^\s<]+))?\s*(?:<\|constrain\|>)?\s*(?:json)?"
+)
 _HARMONY_CALL = Section(
     "calls", "", ("<|call|>", "<|end|>", "<|return|>"), "headed", re.compile(r"\s*(?P<name>\S+)\s*")
 )
@@ -87,14 +90,14 @@ class ReplyStream:
         *,
         bare: bool = False,
         prompt: str = "",
-        first_call: int = 0,
+        ids: Iterable[str | None] = (),
     ) -> None:
         """See `ReplyFormat` and its `stream` for the arguments."""
-        self._schemas = offered(tools)
+        self._schemas, ids = offered(tools), tuple(ids)
         self._sections = {section.open: section for section in sections if self._schemas or section.kind != "calls"}
-        self._calls = CallWriter(first_call)
+        self._calls = CallWriter(ids)
         self._content, self._reasoning = Flow(ContentDelta), Flow(ReasoningDelta)
-        self._bare = BareCalls(CallWriter(first_call), self._schemas) if bare and self._schemas else None
+        self._bare = BareCalls(CallWriter(ids), self._schemas) if bare and self._schemas else None
         self._text = ""
         self._stray: tuple[str, ...] = ()  # markers that end a section which is over already
         self._section = _BARE
@@ -222,12 +225,14 @@ class ReplyStream:
             return final
         header = self._text[: found[0]]
         self._text = self._text[found[0] + len(found[1]) :]
-        recipient = _RECIPIENT.search(header)
+        parts = _HEADER.fullmatch(header.strip())
         self._phase = self._outside
-        if recipient and self._schemas:
-            self._text = f"{recipient[1]} {self._text}"
+        if parts is None:
+            self._say(header)
+        elif (name := parts["to"] or parts["then"]) and self._schemas:
+            self._text = f"{name} {self._text}"
             self._open(_HARMONY_CALL)
-        elif "analysis" in header:
+        elif parts["channel"] == "analysis":
             self._open(_HARMONY_REASONING)
         return True
 
