@@ -74,8 +74,9 @@ class Ouroboros:
                 keeps them for later processes.
             target: "auto" or "eager", the library's own forward.
             documents: texts that answers may quote, whoever asks (`documents_pool`); only read.
-            max_active, max_waiting: answers that take turns at once, and further ones that may wait; whoever comes then
-                gets QueueFullError. They hold for the model, whoever wraps it. None: as they are, 16 and 1,024 at first.
+            max_active, max_waiting: answers that take turns at once, and further ones that may wait; whoever comes
+                then gets QueueFullError. They hold for the model, whoever wraps it. None: as they are, 16 and 1,024 at
+                first.
 
         Raises:
             ModelError: not a causal language model. TokenizerMismatchError: draft and target vocabularies differ.
