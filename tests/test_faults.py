@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -450,23 +450,32 @@ def test_eight_processes_that_find_damage_lose_nothing_of_their_own(url: str) ->
     assert aside.read_bytes() == damaged
 
 
-def test_a_file_deleted_under_eight_processes_is_begun_anew_and_whole(url: str) -> None:
+def test_a_file_deleted_between_the_turns_of_eight_processes_is_begun_anew_once(url: str) -> None:
+    gate, gate_handle = os.pipe()
+
     def speak(number: int, report: Report) -> None:
+        os.close(gate_handle)
         with recorded() as messages, PhraseStore(url) as store:
-            for turn in range(40):
+            for turn in range(15):
+                if turn == 5:
+                    report("ready")
+                    os.read(gate, 1)  # until it is closed on the other side
                 store.open("a", fingerprint="f").add([number, 1000 + turn, 7])
                 store.flush()
-        report(f"{sum('was deleted or replaced' in message for message in messages)} {messages}")
+        report(str(len(messages)))
+        for message in messages:
+            report(message)
 
-    def delete(report: Report) -> None:
-        for _ in range(3):
-            time.sleep(0.05)
-            path_of(url).unlink(missing_ok=True)
-
-    told = together(*(partial(speak, number) for number in range(8)), delete)
-    assert any(line[0] != "0" for line in told), told
-    last = {(number, 1039, 7): 1 for number in range(8)}
-    assert counts(url).items() >= last.items()
+    with ExitStack() as cleanup:
+        processes = [cleanup.enter_context(Process(partial(speak, number))) for number in range(8)]
+        assert [process.line() for process in processes] == ["ready"] * 8
+        path_of(url).unlink()
+        os.close(gate_handle)
+        told = [process.rest() for process in processes]
+        assert [process.wait() for process in processes] == [0] * 8, told
+    os.close(gate)
+    assert all(len(lines) == 2 and "was deleted or replaced" in lines[1] for lines in told), told
+    assert counts(url) == {(number, 1000 + turn, 7): 1 for number in range(8) for turn in range(5, 15)}
 
 
 # A parent and its children

@@ -70,6 +70,8 @@ class Database:
         if not self._ready:
             self._open()
             self._ready = True
+            if self.file is not None:
+                self.file.is_same()  # takes note of its log
 
     def read(self, action: Callable[[Connection], Result], *, patient: bool = True) -> Result:
         """Run `action`, again from the start where another connection is in the way; with `patient` off, once.
@@ -112,7 +114,6 @@ class Database:
         with file.opening():
             file.prepare(self._create)
             self._prepare(self._create)
-            file.note_log()
 
     def _prepare(self, create: bool) -> None:
         """Check the database and bring its tables up to date."""
@@ -131,8 +132,9 @@ class Database:
             raise _kind(error)(f"store {self.name} cannot be used: {reason(error)}") from error
 
     def _leave_file(self, file: SqliteFile) -> None:
-        self.close()
+        # Open connections keep the log's inode from being given to a new one meanwhile.
         file.drop_log()
+        self.close()
         self._ready = False
         warnings.warn(
             f"{self.name} was deleted or replaced while in use; it is opened anew", RuntimeWarning, stacklevel=5

@@ -94,22 +94,20 @@ class SqliteFile:
 
     def is_same(self) -> bool:
         """Whether the file is still the one that was prepared, not deleted, moved or replaced since."""
+        log = _identify(self._companion("-wal"))
         same = _identify(self.path) == self._identity
         if same:
-            self.note_log()
+            self._log = log
         return same
 
-    def note_log(self) -> None:
-        """Remember which log belongs to the file."""
-        self._log = _identify(self._companion("-wal"))
-
     def drop_log(self) -> None:
-        """After the file was exchanged, and our connections closed: SQLite must not read the old one's log into it."""
+        """After the file was exchanged, while ours is still open: SQLite must not read its log into the new one."""
         log = self._companion("-wal")
-        if self._log is not None and _identify(log) == self._log:
-            for path in (log, self._companion("-shm")):
-                with suppress(OSError):
-                    path.unlink()
+        with _locked(self.path.parent, exclusively=True):
+            if self._log is not None and _identify(log) == self._log:
+                for path in (log, self._companion("-shm")):
+                    with suppress(OSError):
+                        path.unlink()
 
     def nbytes(self) -> int:
         """Size of the file and its companions."""
