@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint check format bench clean
+.PHONY: setup demo test test-postgres test-faults lint check format bench clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,15 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# PostgreSQL from the distribution, on loopback, for as long as the tests run.
+test-postgres: setup
+	PATH="$(abspath $(BIN)):$$PATH" scripts/with_postgres pytest tests/test_pool_contract.py tests/test_storage.py \
+		tests/test_upkeep.py tests/test_schemas.py tests/test_faults.py tests/test_pool_cli.py
+
+# Killed, full, read-only, deleted, replaced, damaged, crowded, forked, stopped: on both databases.
+test-faults: setup
+	PATH="$(abspath $(BIN)):$$PATH" scripts/with_postgres pytest -m faults
 
 lint: setup
 	$(BIN)/ruff format --check .

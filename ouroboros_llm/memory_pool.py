@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from array import array
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -52,22 +52,24 @@ class MemoryPool:
         self._runs: dict[bytes, tuple[_Shelf, int]] = {}
         self._tokens = 0
         self._notes: dict[str, bytes] = {}
+        self._inbox: deque[list[Run]] = deque()
+        self._adding = False
 
     def add(self, token_ids: Sequence[int], *, answer: bool = True) -> None:
         self.add_all([Run(token_ids, answer=answer)])
 
     def add_all(self, runs: Iterable[Run]) -> None:
         """Remember many runs at once, the oldest first. A run already there counts up, and becomes recent."""
-        runs = [run for run in runs if len(run.token_ids) > 1]
-        room = sum(len(run.token_ids) + 1 for run in runs)
+        self._inbox.append([run for run in runs if len(run.token_ids) > 1])
         with self._lock:
-            for run in runs:
-                self._add(run, room)
-                room -= len(run.token_ids) + 1
-            for shelf in self._shelves:
-                shelf.write()
-            while len(self._shelves) > 1 and (self._tokens > self.capacity or self._length > 2 * self.capacity):
-                self._drop(self._shelves.pop(0))
+            # A finalizer may add in the middle of an addition, in the same thread: that one takes it in.
+            if not self._adding:
+                self._adding = True
+                try:
+                    while self._inbox:
+                        self._take_in(self._inbox.popleft())
+                finally:
+                    self._adding = False
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Lengthen the running text: one run that grows, neither counted nor evicted."""
@@ -139,6 +141,16 @@ class MemoryPool:
             # Different tokens may share a bucket: what agrees less than was asked for is no match.
             if length >= order and (phrase := shelf.read(place, length)):
                 found[number, place] = phrase
+
+    def _take_in(self, runs: Sequence[Run]) -> None:
+        room = sum(len(run.token_ids) + 1 for run in runs)
+        for run in runs:
+            self._add(run, room)
+            room -= len(run.token_ids) + 1
+        for shelf in self._shelves:
+            shelf.write()
+        while len(self._shelves) > 1 and (self._tokens > self.capacity or self._length > 2 * self.capacity):
+            self._drop(self._shelves.pop(0))
 
     def _add(self, run: Run, room: int) -> None:
         """`room`: what this run and those behind it will take."""

@@ -43,7 +43,7 @@ def open_pool(source: PoolSource, scope: str, fingerprint: str) -> PhrasePool:
     try:
         return source.open(scope, fingerprint=fingerprint)
     except Exception as error:  # whatever a store raises, it costs speed and never an answer
-        warnings.warn(f"{error}; {scope} starts without its phrases", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{error}; the scope starts without its phrases", RuntimeWarning, stacklevel=3)
         return MemorySource().open(scope, fingerprint=fingerprint)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -12,6 +13,7 @@ from databases import POSTGRES, needs_postgres
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ouroboros_llm import memory_pool
 from ouroboros_llm.memory_pool import MemoryPool
 from ouroboros_llm.phrases import ANSWER, MATCH_LIMIT, PHRASE_LENGTH, Notebook, Phrase, PhrasePool, PoolStats
 from ouroboros_storage import PhraseStore
@@ -209,3 +211,18 @@ def test_every_phrase_continues_a_run(fill: Fill, runs: list[list[int]], tail: l
     lengths = [phrase.match_length for phrase in found]
     assert lengths == sorted(lengths, reverse=True)
     assert bool(found) == any(tail[-1:] == [token] for run in runs for token in run[:-1])
+
+
+def test_an_addition_in_the_middle_of_an_addition_is_taken_in_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the garbage collector ends an abandoned stream there."""
+    pool, begin, nested = MemoryPool(), memory_pool._Shelf.begin, [[7, 8, 9], [4, 5, 6]]
+
+    def interrupted(self: Any, run: Any, key: bytes) -> int:
+        if nested:
+            pool.add(nested.pop())
+        return begin(self, run, key)
+
+    monkeypatch.setattr(memory_pool._Shelf, "begin", interrupted)
+    pool.add([1, 2, 3])
+    assert pool.stats == PoolStats(runs=3, tokens=9)
+    assert [pool.match([first])[0].token_ids for first in (1, 4, 7)] == [(2, 3), (5, 6), (8, 9)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sqlite3
 import time
 import warnings
@@ -10,11 +11,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 from databases import path_of, recall, remember
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy.exc import OperationalError
 
 from ouroboros_llm.errors import OptionError, StoreError, StoreUnavailableError
 from ouroboros_llm.phrases import Phrase
@@ -559,3 +563,125 @@ async def test_a_locked_database_does_not_hold_up_the_loop(url: str, impatient: 
                 await asyncio.sleep(0)
         assert turns > 10
         lock.close()
+
+
+# What a review found
+
+
+def test_deleted_scopes_leave_nothing_between_the_rows_of_others(url: str) -> None:
+    """Many small flushes to scopes side by side split pages, whose unused parts keep copies of rows."""
+    random = Random(0)
+    with PhraseStore(url, scope_quota=3000) as store:
+        for turn in range(250):
+            number = random.randrange(12)
+            pool = store.open(f"scope:{number}", fingerprint="f")
+            pool.add([(0xA0 + number) << 24 | random.randrange(1 << 20) for _ in range(random.randrange(3, 160))])
+            pool.remember({f"m/{turn}/{part}": bytes([200 + number]) * 64 for part in range(5)})
+            store.flush()
+        for number in range(6):
+            store.delete(f"scope:{number}")
+        data = b"".join(path.read_bytes() for path in path_of(url).parent.iterdir())
+    for number in range(12):
+        tokens = re.compile(rb"(?:..[\x00-\x0f]%c){3}" % (0xA0 + number), re.DOTALL)
+        noted = bytes([200 + number]) * 16 in data
+        assert (noted, bool(tokens.search(data))) == (number >= 6, number >= 6), number
+
+
+@pytest.mark.parametrize("url", ["postgresql+psycopg://h/db?user=u&password=SECRET", "postgresql://u:SECRET@h/db"])
+def test_passwords_are_not_shown(url: str) -> None:
+    with PhraseStore(url) as store:
+        assert "SECRET" not in repr(store) and re.search("hidden|[*]{3}", repr(store))
+
+
+def test_nothing_is_written_to_an_ephemeral_scope_by_other_ways(url: str) -> None:
+    remember(url, "a", [1, 2, 3])
+    with PhraseStore(url, ephemeral=["secret"]) as store:
+        record = StoredRun("secret", "f", (1, 2), 1, NOW, NOW)
+        for change in (
+            lambda: store.copy("a", "secret"),
+            lambda: store.merge("a", "secret"),
+            lambda: store.rename("a", "secret"),
+            lambda: store.import_([record]),
+        ):
+            with pytest.raises(OptionError, match="'secret' is in memory only"):
+                change()
+        assert [scope.scope for scope in store.list()] == ["a"]
+
+
+def test_quotas_hold_for_merged_and_imported_scopes_too(any_url: str) -> None:
+    remember(any_url, "a", *([number] * 10 for number in range(9)))
+    remember(any_url, "b", *([100 + number] * 10 for number in range(9)))
+    with PhraseStore(any_url, scope_quota=100) as store:
+        store.merge("a", "b")
+        assert 0 < store.stats("b").tokens <= 100 and store.stats("a").tokens == 90
+        store.import_(replace(run, scope="c") for scope in "ab" for run in store.export(scope))
+        assert 0 < store.stats("c").tokens <= 100
+
+
+def test_a_write_that_takes_long_is_read_when_it_is_done(any_url: str) -> None:
+    """On PostgreSQL ids are given before rows can be seen, so that later ids may be seen earlier."""
+    with PhraseStore(any_url) as ours, PhraseStore(any_url) as theirs:
+        pool, late = ours.open("a", fingerprint="f"), theirs.open("a", fingerprint="f")
+        late.add([1, 2, 3])
+        put = theirs._writer.put
+
+        def slow(*arguments: Any, **named: Any) -> Any:
+            found = put(*arguments, **named)
+            if any_url.startswith("postgresql"):
+                remember(any_url, "b", [7, 8, 9])
+                ours.open("a", fingerprint="f")
+            return found
+
+        theirs._writer.put = slow  # type: ignore[method-assign]
+        theirs.flush()
+        assert ours.open("a", fingerprint="f") is pool and pool.match([1]) == [Phrase((2, 3), 1)]
+
+
+def test_a_server_that_never_answers_is_not_asked_every_turn(monkeypatch: pytest.MonkeyPatch, impatient: None) -> None:
+    class ConnectionTimeout(Exception):
+        pass
+
+    attempts = []
+
+    def connect(*_: object) -> None:
+        attempts.append(1)
+        raise OperationalError("connect", {}, ConnectionTimeout("timeout expired"))
+
+    with PhraseStore("postgresql+psycopg://u@localhost/db") as store:
+        monkeypatch.setattr(store._database, "_once", connect)
+        with pytest.warns(RuntimeWarning, match="timeout expired") as caught:
+            for number in range(5):
+                store.open("a", fingerprint="f").add([1, 2, number])
+                store.flush()
+        assert (len(caught), len(attempts)) == (1, 1)
+        assert store.open("a", fingerprint="f").stats.runs == 5 and store._writer.runs.waiting() == 5
+        monkeypatch.setattr("ouroboros_storage.outage.monotonic", lambda: 10**9)
+        store.flush()
+        assert len(attempts) == 2
+        monkeypatch.undo()
+        store._closed = True
+
+
+async def test_a_store_for_an_event_loop_opens_nothing_at_once(url: str) -> None:
+    remember(url, "a", [1, 2, 3])
+    lock = sqlite3.connect(path_of(url), isolation_level=None)
+    lock.execute("BEGIN EXCLUSIVE")
+    store = AsyncPhraseStore(url)
+    lock.close()
+    assert (await store.open("a", fingerprint="f")).match([1]) == [Phrase((2, 3), 1)]
+    await store.close()
+
+
+def test_a_flush_within_another_use_of_the_database_is_left_for_later(url: str) -> None:
+    """As when the garbage collector ends an abandoned stream there."""
+    with PhraseStore(url) as store:
+        pool = store.open("a", fingerprint="f")
+        pool.add([1, 2, 3])
+
+        def collected(connection: object) -> int:
+            store.flush()
+            return store._writer.runs.waiting()
+
+        assert store._ask(collected, write=True) == 1
+        store.flush()
+        assert store.stats().waiting == 0 and counts(url, "a") == {(1, 2, 3): 1}

@@ -37,9 +37,9 @@ class AsyncPhraseStore:
     def __init__(self, store: PhraseStore | str | URL | Engine, **options: Any) -> None:
         """Wrap a store, or make one of a URL or an engine; `options` are those of `PhraseStore`.
 
-        Raises what `PhraseStore` raises. A file that is there is opened here, not in a thread.
+        Raises what `PhraseStore` raises; nothing is opened before the first call that is awaited.
         """
-        self.store = store if isinstance(store, PhraseStore) else PhraseStore(store, **options)
+        self.store = store if isinstance(store, PhraseStore) else PhraseStore(store, check=False, **options)
         """The store itself, which `Ouroboros(store=...)` takes."""
 
     async def __aenter__(self) -> AsyncPhraseStore:

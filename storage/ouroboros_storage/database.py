@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from ouroboros_llm.errors import StoreError, StoreUnavailableError
 
 from . import sqlite_file
-from .engines import engine_of
+from .engines import engine_of, shown
 from .migrations import MIGRATIONS, migrate, schema_version
 from .sqlite_file import CorruptFileError, SqliteFile
 
@@ -48,16 +48,18 @@ class Database:
         """
         self._owned = not isinstance(url_or_engine, Engine)
         self.engine = engine_of(url_or_engine)
-        self.name = self.engine.url.render_as_string(hide_password=True)
+        self.name = shown(self.engine.url)
         self.file: SqliteFile | None = None
         self._sqlite = self.engine.dialect.name == "sqlite"
         if self._owned and self._sqlite and not sqlite_file.in_memory(self.engine.url):
             self.file = SqliteFile(self.engine.url)
         self._create, self._on_loss = create, on_loss
+        self.in_use = False
+        """Whether a transaction is under way: a finalizer that wants another one has to wait for a later time."""
         self._ready = False
         self._process = os.getpid()
 
-    def setup(self) -> None:
+    def setup(self, *, patient: bool = True) -> None:
         """Open, check and migrate, if that is still to be done. A damaged SQLite file is set aside, with a warning.
 
         Raises:
@@ -68,7 +70,7 @@ class Database:
         if self._ready and self.file is not None and not self.file.is_same():
             self._leave_file(self.file)
         if not self._ready:
-            self._open()
+            self._open(patient)
             self._ready = True
             if self.file is not None:
                 self.file.is_same()  # takes note of its log
@@ -78,52 +80,58 @@ class Database:
 
         Raises the driver's errors, and those of `setup`.
         """
-        self.setup()
+        self.setup(patient=patient)
         return self._replacing_damage(lambda: self._attempt(action, patient))
 
     def write(self, action: Callable[[Connection], Result], *, patient: bool = True) -> Result:
         """Like `read`, in a transaction that writes."""
         return self.read(self._writing(action), patient=patient)
 
-    def checkpoint(self) -> bool:
-        """Let nothing deleted linger in a write-ahead log; False where another connection is in the way."""
-        return not self._sqlite or self._autocommit(sqlite_file.checkpoint)
+    def erase(self) -> bool:
+        """Let nothing deleted linger in unused parts of pages, or in a log; False where a connection is in the way.
+
+        What a server does with deleted rows is the server's affair.
+        """
+        if not self._sqlite:
+            return True
+        self._autocommit(sqlite_file.vacuum)
+        return self._autocommit(sqlite_file.checkpoint)
 
     def close(self) -> None:
         if self._owned:
             self.engine.dispose()
 
-    def _open(self) -> None:
+    def _open(self, patient: bool) -> None:
         if self.file is None:
-            self._prepare(self._create)
+            self._prepare(self._create, patient)
             return
         try:
-            self._open_file(self.file)
+            self._open_file(self.file, patient)
         except CorruptFileError as error:
             if not self._may_replace():
                 raise
             self._set_aside(str(error))
-            self._open_file(self.file)
+            self._open_file(self.file, patient)
         except StoreError:
             if not self.file.is_frozen():
                 raise
             self.engine = engine_of(self.file.immutable_url())
-            self._prepare(create=False)
+            self._prepare(create=False, patient=patient)
 
-    def _open_file(self, file: SqliteFile) -> None:
+    def _open_file(self, file: SqliteFile, patient: bool) -> None:
         with file.opening():
             file.prepare(self._create)
-            self._prepare(self._create)
+            self._prepare(self._create, patient)
 
-    def _prepare(self, create: bool) -> None:
+    def _prepare(self, create: bool, patient: bool) -> None:
         """Check the database and bring its tables up to date."""
         try:
-            version = self._attempt(self._checked_version, patient=True)
+            version = self._attempt(self._checked_version, patient)
             _check_version(self.name, version, create)
             if self.file is not None:
                 self._use_wal()
             if version < len(MIGRATIONS):
-                self._attempt(self._writing(migrate), patient=True)
+                self._attempt(self._writing(migrate), patient)
         except StoreError:
             self.close()
             raise
@@ -183,18 +191,21 @@ class Database:
         return self._once(action, patient)
 
     def _once(self, action: Callable[[Connection], Result], patient: bool) -> Result:
-        with self.engine.begin() as connection:
-            if self._sqlite and self._owned:
-                sqlite_file.wait(connection, patient)
-            return action(connection)
+        self.in_use = True
+        try:
+            with self.engine.begin() as connection:
+                if self._sqlite and self._owned:
+                    sqlite_file.wait(connection, patient)
+                return action(connection)
+        finally:
+            self.in_use = False
 
     def _may_pass(self, error: DBAPIError) -> bool:
         """Whether another attempt makes sense: a lock, a lost connection, or a deadlock that another writer won."""
         if isinstance(error.orig, sqlite3.Error):
             return sqlite_file.is_busy(error.orig)
         # A server that let us wait for seconds would do so again.
-        timed_out = type(error.orig).__name__ == "ConnectionTimeout"
-        return not timed_out and (error.connection_invalidated or isinstance(error, OperationalError))
+        return not timed_out(error) and (error.connection_invalidated or isinstance(error, OperationalError))
 
     def _autocommit(self, action: Callable[[Connection], Result]) -> Result:
         """Run `action` outside of any transaction."""
@@ -217,6 +228,13 @@ class Database:
             self._autocommit(sqlite_file.use_wal)
         except DBAPIError:
             pass  # a read-only file, or another process that is doing just this; both work without
+
+
+def timed_out(error: BaseException) -> bool:
+    """Whether a server did not even answer."""
+    while error.__cause__ is not None and not isinstance(error, DBAPIError):
+        error = error.__cause__
+    return type(getattr(error, "orig", error)).__name__ == "ConnectionTimeout"
 
 
 def reason(error: BaseException) -> str:

@@ -28,6 +28,12 @@ def engine_of(url_or_engine: object) -> Engine:
     return _engine(_parse(url_or_engine))
 
 
+def shown(url: URL) -> str:
+    """A URL as it may be printed: PostgreSQL takes passwords in the query, too."""
+    secret = {name: "hidden" for name in url.query if "pass" in name.lower()}
+    return url.update_query_dict(secret).render_as_string(hide_password=True)
+
+
 def _parse(url: object) -> URL:
     if isinstance(url, URL):
         return url
@@ -48,11 +54,11 @@ def _engine(url: URL) -> Engine:
     try:
         engine = create_engine(url, hide_parameters=True, **_engine_options(url))
     except (ArgumentError, NoSuchModuleError) as error:
-        raise StoreError(f"store {url.render_as_string()} cannot be used: {error}") from error
+        raise StoreError(f"store {shown(url)} cannot be used: {error}") from error
     except ImportError as error:
         if url.get_driver_name() == "psycopg":
             raise MissingExtraError("psycopg", "postgres") from error
-        raise StoreError(f"store {url.render_as_string()} needs a driver that is not installed: {error}") from error
+        raise StoreError(f"store {shown(url)} needs a driver that is not installed: {error}") from error
     _check_backend(url, engine.dialect.is_async)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", sqlite_file.set_pragmas)

@@ -39,10 +39,10 @@ def from_line(line: str) -> StoredRun | StoredNote:
         check_record(found)
         return found
     except KeyError as error:
-        raise StoreError(f"a line of an export must have {error.args[0]!r}, but got {line!r:.120}") from error
+        raise StoreError(f"a line of an export must have {error.args[0]!r}") from error
     # Deep nesting is a RecursionError, a time before the year 1 an OverflowError.
     except (ValueError, TypeError, AttributeError, RecursionError, OverflowError, OuroborosError) as error:
-        raise StoreError(f"this is no line of an export: {error}: {line!r:.120}") from error
+        raise StoreError(f"this is no line of an export: {error}") from error
 
 
 def check_record(record: object) -> None:

@@ -46,10 +46,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )""",
     ),
     (
-        # With the length in it, quotas are counted without reading rows.
-        "DROP INDEX ouroboros_runs_last_used",
-        "CREATE INDEX ouroboros_runs_last_used ON ouroboros_runs (scope_id, last_used, length)",
         "ALTER TABLE ouroboros_scopes ADD COLUMN generation BIGINT NOT NULL DEFAULT 0",
+        "ALTER TABLE ouroboros_scopes ADD COLUMN writes BIGINT NOT NULL DEFAULT 0",
+        "ALTER TABLE ouroboros_scopes ADD COLUMN tokens BIGINT NOT NULL DEFAULT 0",
+        """UPDATE ouroboros_scopes SET tokens = (
+            SELECT COALESCE(SUM(length), 0) FROM ouroboros_runs WHERE scope_id = ouroboros_scopes.id
+        )""",
     ),
 )
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from time import monotonic
 
-from .database import reason
+from .database import reason, timed_out
+
+_REST_SECONDS = 30.0
+"""After a server let us wait in vain."""
 
 
 class Outage:
@@ -16,14 +20,18 @@ class Outage:
         """Whether the last attempt failed: then every turn would wait for all attempts, and one is enough to see the
         database come back."""
         self._name, self._warned = name, False
+        self._rests_until = 0.0
+
+    @property
+    def resting(self) -> bool:
+        """Whether not even one attempt should be made: a server that does not answer lets everyone wait for seconds."""
+        return monotonic() < self._rests_until
 
     def begin(self, verb: str, error: BaseException) -> None:
         """It could not be read, or written."""
         self.failing = True
-        self.mention(verb, error)
-
-    def mention(self, verb: str, error: BaseException) -> None:
-        """It could not be read this once, which says nothing of the next time."""
+        if timed_out(error):
+            self._rests_until = monotonic() + _REST_SECONDS
         if self._warned:
             return
         self._warned = True
@@ -37,3 +45,4 @@ class Outage:
     def end(self) -> None:
         """It could be written."""
         self.failing = self._warned = False
+        self._rests_until = 0.0

@@ -9,7 +9,7 @@ from ouroboros_llm.phrases import Notebook, Phrase, PhrasePool, PoolStats
 
 from .buffer import Buffer, NoteBuffer, Nowhere
 from .records import PendingRun, ReadRun, ScopeKey, content_hash, decode, encode
-from .rows import Identity
+from .rows import Mark
 
 
 class StoredPool:
@@ -30,13 +30,14 @@ class StoredPool:
         self.key = key
         self.capacity = capacity
         """Tokens kept in memory at most."""
+        self.mark: Mark | None = None
+        """How far the scope had come when it was read; None where it had no row."""
         self.newest_read = 0
-        """The highest id there was when rows were read."""
+        """The highest id of the scope's runs then."""
         self.notes_read = False
         """Whether the scope's notes are in memory."""
         self.generation = object()
         """Another one after the scope was deleted, so that what was built on its phrases can go too."""
-        self._identity: Identity | None = None
         self._buffer, self._notes, self._bring_up_to_date = buffer, notes, read
         self._memory = MemoryPool(capacity)
         self._flushed: set[bytes] = set()
@@ -73,23 +74,18 @@ class StoredPool:
         """Take in what other processes flushed since. Reads the database: between turns, not within one."""
         self._bring_up_to_date(self)
 
-    def belongs_to(self, scope: Identity | None) -> bool:
-        """Note the identity of the scope's row. If it was another, the scope was deleted or pruned elsewhere: forget it
-        and say no."""
-        changed = self._identity is not None and self._identity != scope
-        if changed:
+    def is_behind(self, mark: Mark | None) -> bool:
+        """Whether there is something to read. Where the scope was deleted or pruned elsewhere, all is forgotten."""
+        known = self.mark
+        if known is not None and (mark is None or _origin(mark) != _origin(known)):
             self.forget()
-        elif self._identity is None:
-            # A scope that came to be by a new name has rows older than what was read before.
-            self.newest_read = 0
-        self._identity = scope
-        return not changed
+        return mark is not None and mark != self.mark
 
-    def load(self, found: Sequence[ReadRun], newest: int) -> None:
+    def load(self, found: Sequence[ReadRun], newest: int, mark: Mark) -> None:
         """Take in rows, the latest used first, but not what this pool flushed. `newest` is the highest id there was."""
         news = [run for run in reversed(found) if run.hash not in self._flushed]
         self._memory.add_all(Run(run.token_ids, run.count, run.answer) for run in news)
-        self.newest_read = newest
+        self.newest_read, self.mark = newest, mark
         self._flushed.clear()
 
     def load_pending(self, found: Iterable[tuple[bytes, PendingRun]]) -> None:
@@ -101,11 +97,14 @@ class StoredPool:
         self._memory.remember({**notes, **self._memory.recall("")})
         self.notes_read = True
 
-    def mark_flushed(self, found: Iterable[bytes], scope: Identity) -> None:
+    def mark_flushed(self, found: Iterable[bytes], mark: Mark) -> None:
         """These runs are rows of the scope now, and no news."""
-        if self.belongs_to(scope):
-            # What was added before the pool had to start anew is not in memory: to this pool it is news.
-            self._flushed.update(content_hash(data) for data in found if self._memory.holds(decode(data)))
+        if self.mark is not None and _origin(mark) != _origin(self.mark):
+            self.forget()
+        # What was added before the pool had to start anew is not in memory: to this pool it is news.
+        self._flushed.update(content_hash(data) for data in found if self._memory.holds(decode(data)))
+        if self.mark is not None and mark.follows(self.mark):
+            self.mark = mark  # nobody else has written
 
     def leave_parent(self) -> None:
         """In a forked child: go on as the process's own. What another thread was changing at the fork is dropped."""
@@ -114,7 +113,7 @@ class StoredPool:
 
     def leave_file(self) -> None:
         """The database is another one now, with nothing of this scope; what is in memory stays."""
-        self._identity, self.newest_read = None, 0
+        self.mark, self.newest_read = None, 0
         self._flushed.clear()
 
     def forget(self) -> None:
@@ -122,7 +121,11 @@ class StoredPool:
         self._memory = MemoryPool(self.capacity)
         self.generation, self.notes_read = object(), False
         self._flushed.clear()
-        self._identity, self.newest_read = None, 0
+        self.mark, self.newest_read = None, 0
+
+
+def _origin(mark: Mark) -> tuple[int, int]:
+    return mark.scope_id, mark.generation
 
 
 class LayeredPool:

@@ -15,7 +15,7 @@ from .database import DATABASE_ERRORS, Database
 from .outage import Outage
 from .pool import StoredPool
 from .records import ScopeKey
-from .rows import Identity
+from .rows import Mark
 from .writer import PendingRuns, Writer
 
 _KEPT = 64
@@ -36,25 +36,25 @@ class Pools:
         outage: Outage,
         *,
         capacity: int,
-        ephemeral: Collection[str],
         refresh: Callable[[StoredPool], None],
     ) -> None:
-        """`capacity`: tokens of a pool; `ephemeral`: scopes in memory only; `refresh`: `read`, under the lock."""
+        """`capacity`: tokens of a pool; `refresh`: `read`, under the lock."""
         self._database, self._writer, self._outage, self._refresh = database, writer, outage, refresh
-        self._capacity, self._ephemeral = capacity, set(ephemeral)
+        self._capacity, self._ephemeral = capacity, writer.ephemeral
         self._pools: WeakValueDictionary[ScopeKey, StoredPool] = WeakValueDictionary()
         self._kept: OrderedDict[ScopeKey, StoredPool] = OrderedDict()
 
-    def open(self, key: ScopeKey) -> StoredPool:
-        """The pool, up to date with the database as far as that answers."""
+    def open(self, key: ScopeKey, *, reachable: bool) -> StoredPool:
+        """The pool, up to date with the database if that is `reachable`."""
         pool = self._pools.get(key)
         began = pool and pool.generation
         if pool is None:
             pool = self._pools[key] = self._new(key)
-        self.read(pool)
+        if reachable:
+            self.read(pool)
         if pool.generation is not began:
             pool.load_pending(self._writer.runs.runs(key))
-        if not pool.notes_read:
+        if reachable and not pool.notes_read:
             self._read_notes(pool)
         self._keep(pool)
         return pool
@@ -70,27 +70,21 @@ class Pools:
         try:
             found = self._database.read(partial(rows.position, key=pool.key), patient=patient)
             self._writer.runs.begin_after(found.last_used)
-            pool.belongs_to(found.scope)
-            if found.newest == pool.newest_read:
-                return
-            # Ids are bounded on both sides, so that a run written between the two queries is left to the next opening.
-            news = self._database.read(
-                lambda connection: rows.read_runs(connection, pool.key, pool.newest_read, found.newest, self._capacity),
-                patient=patient,
-            )
-            pool.load(news, found.newest)
+            if pool.is_behind(found.mark) and (mark := found.mark) is not None:
+                read = partial(rows.read_runs, scope_id=mark.scope_id, after=pool.newest_read, capacity=self._capacity)
+                pool.load(*self._database.read(read, patient=patient), mark)
         except (StoreError, *DATABASE_ERRORS) as error:
-            self._outage.mention("read", error)
+            self._outage.begin("read", error)
 
     def read_all(self) -> None:
         for pool in self._all():
             self.read(pool)
 
-    def mark_flushed(self, runs: PendingRuns, identities: Mapping[ScopeKey, Identity]) -> None:
+    def mark_flushed(self, runs: PendingRuns, marks: Mapping[ScopeKey, Mark]) -> None:
         """These runs are in the database now."""
         for key, found in runs.items():
             if pool := self._pools.get(key):
-                pool.mark_flushed(found, identities[key])
+                pool.mark_flushed(found, marks[key])
 
     def make_ephemeral(self, scope: str) -> None:
         """Keep a scope in memory only from now on, in pools that begin empty."""
@@ -102,10 +96,8 @@ class Pools:
                     self._kept.pop(pool.key, None)
                     self._pools.pop(pool.key, None)
 
-    def discard_ephemeral(self) -> None:
-        """Drop what turns added that were running when their scope became ephemeral."""
-        for scope in self._ephemeral:
-            self._writer.forget(scope)
+    def is_ephemeral(self, scope: str) -> bool:
+        return scope in self._ephemeral
 
     def forget(self, scopes: Collection[str]) -> None:
         """Empty the pools of these scopes, for every tokenizer."""
@@ -149,7 +141,7 @@ class Pools:
             found = self._database.read(partial(rows.read_notes, key=pool.key), patient=not self._outage.failing)
             pool.load_notes({**found, **self._writer.notes.notes(pool.key)})
         except (StoreError, *DATABASE_ERRORS) as error:
-            self._outage.mention("read", error)
+            self._outage.begin("read", error)
 
     def _keep(self, pool: StoredPool) -> None:
         self._kept[pool.key] = pool

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import time_ns
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, case, delete, func, select
+from sqlalchemy import Connection, Row, Select, case, delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from .records import (
@@ -23,50 +23,63 @@ from .records import (
 )
 from .tables import notes, runs, scopes
 
-Identity = tuple[int, int]
-"""Of a scope's row: its id, which never comes again, and how often phrases were taken out of it by hand."""
-
 _BATCH = 500
 """Rows fetched at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """How far a scope has come. Whoever writes to a scope has its row locked until the end, so that everything up to a
+    mark is there once the mark is."""
+
+    scope_id: int
+    """Never comes again, whatever is deleted."""
+    generation: int
+    """How often phrases were taken out of the scope by hand."""
+    writes: int
+    """How often something was written to it."""
+
+    def follows(self, other: Mark) -> bool:
+        """Whether there was one write between the two, and nothing else."""
+        return self == Mark(other.scope_id, other.generation, other.writes + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
     """Where the database stands, as seen by one scope."""
 
-    scope: Identity | None
+    mark: Mark | None
     """None where the scope has no row."""
     last_used: int
     """When the scope, or the run that was written last, was used: what is added now is later, whatever the clock says.
     Microseconds; 0 where there is nothing."""
-    newest: int
-    """The highest id of any run, of whatever scope."""
 
 
 def position(connection: Connection, key: ScopeKey) -> Position:
-    latest = connection.execute(select(runs.c.id, runs.c.last_used).order_by(runs.c.id.desc()).limit(1)).one_or_none()
-    newest, last_used = tuple(latest) if latest else (0, 0)
-    row = connection.execute(_scope(key, scopes.c.id, scopes.c.generation, scopes.c.last_used)).one_or_none()
-    if row is None:
-        return Position(None, last_used, newest)
-    return Position((row.id, row.generation), max(row.last_used, last_used), newest)
+    latest = connection.scalar(select(runs.c.last_used).order_by(runs.c.id.desc()).limit(1)) or 0
+    row = connection.execute(_scope(key, *_MARK, scopes.c.last_used)).one_or_none()
+    return Position(None, latest) if row is None else Position(Mark(*row[:3]), max(row.last_used, latest))
 
 
-def read_runs(connection: Connection, key: ScopeKey, after: int, up_to: int, capacity: int) -> list[ReadRun]:
-    """The runs of a scope with `after` < id <= `up_to`, the latest used first, until they are `capacity` tokens."""
+def read_runs(connection: Connection, scope_id: int, after: int, capacity: int) -> tuple[list[ReadRun], int]:
+    """The runs of a scope with id > `after`, the latest used first, until they are `capacity` tokens; and the highest
+    id there is."""
+    of_scope = runs.c.scope_id == scope_id, runs.c.id > after
     statement = (
-        select(runs.c.hash, runs.c.token_ids, runs.c.length, runs.c["count"], runs.c.answer)
-        .where(runs.c.scope_id == _scope(key, scopes.c.id).scalar_subquery(), runs.c.id > after, runs.c.id <= up_to)
+        select(runs.c.id, runs.c.hash, runs.c.token_ids, runs.c.length, runs.c["count"], runs.c.answer)
+        .where(*of_scope)
         .order_by(runs.c.last_used.desc(), runs.c.id.desc())
     )
     found: list[ReadRun] = []
+    newest = after
     with connection.execution_options(yield_per=_BATCH).execute(statement) as result:
-        for data_hash, data, length, count, answer in result:
+        for run_id, data_hash, data, length, count, answer in result:
             capacity -= length
             if capacity < 0:
-                break
+                return found, connection.scalar(select(func.max(runs.c.id)).where(*of_scope)) or newest
+            newest = max(newest, run_id)
             found.append(ReadRun(bytes(data_hash), decode(data), count, bool(answer)))
-    return found
+    return found, newest
 
 
 def read_notes(connection: Connection, key: ScopeKey) -> dict[str, bytes]:
@@ -81,34 +94,35 @@ def upsert(
     new_notes: Mapping[ScopeKey, Mapping[str, bytes]],
     *,
     add_counts: bool = True,
-) -> dict[ScopeKey, Identity]:
+) -> dict[ScopeKey, Mark]:
     """Write runs by their encoded token ids, and notes. The empty run, or a note, makes its scope exist.
 
     A run already there counts up, or with `add_counts` off keeps the larger count; a note already there is replaced.
     Rows go in the order of their keys, so that two writers wait for each other instead of deadlocking.
     """
-    found: dict[ScopeKey, Identity] = {}
+    found: dict[ScopeKey, Mark] = {}
     for key in sorted({*pending, *new_notes}):
         of_scope = pending.get(key) or {b"": PendingRun(1, now := time_ns() // 1000, now)}
-        created, last_used = (
+        found[key] = mark = upsert_scope(
+            connection,
+            key,
             min(run.created for run in of_scope.values()),
             max(run.last_used for run in of_scope.values()),
         )
-        found[key] = upsert_scope(connection, key, created, last_used)
-        rows = [_row(found[key][0], data, run) for data, run in of_scope.items() if data]
+        rows = sorted((_row(mark.scope_id, data, run) for data, run in of_scope.items() if data), key=_hash)
         if rows:
-            statement = on_conflict(insert(connection, runs), runs, add_counts=add_counts)
-            connection.execute(statement, sorted(rows, key=lambda row: row["hash"]))
+            _count_tokens(connection, mark.scope_id, rows)
+            connection.execute(on_conflict(insert(connection, runs), runs, add_counts=add_counts), rows)
         if key in new_notes:
-            _upsert_notes(connection, found[key][0], new_notes[key])
+            _upsert_notes(connection, mark.scope_id, new_notes[key])
     return found
 
 
-def upsert_scope(connection: Connection, key: ScopeKey, created: int, last_used: int) -> Identity:
-    row = {"name": key.scope, "fingerprint": key.fingerprint, "created": created, "last_used": last_used}
+def upsert_scope(connection: Connection, key: ScopeKey, created: int, last_used: int) -> Mark:
+    """Make a scope, or note that it is written to. Its row is locked from here on."""
+    row = {"name": key.scope, "fingerprint": key.fingerprint, "created": created, "last_used": last_used, "writes": 1}
     connection.execute(on_conflict(insert(connection, scopes), scopes), row)
-    scope_id, generation = connection.execute(_scope(key, scopes.c.id, scopes.c.generation)).one()
-    return scope_id, generation
+    return Mark(*connection.execute(_scope(key, *_MARK)).one())
 
 
 def insert(connection: Connection, table: Any) -> Any:
@@ -128,6 +142,8 @@ def on_conflict(statement: Any, table: Any, *, add_counts: bool = True, keep_dat
     if table is runs:
         count = old["count"] + new["count"] if add_counts else _greater(new["count"], old["count"])
         changes |= {"count": count, "answer": _greater(new.answer, old.answer)}
+    if table is scopes:
+        changes["writes"] = old.writes + new.writes
     if table is notes:
         changes["data"] = old.data if keep_data else new.data
     else:
@@ -189,8 +205,22 @@ def delete_scope(connection: Connection, scope: str) -> int:
     return deleted
 
 
+_MARK = (scopes.c.id, scopes.c.generation, scopes.c.writes)
+
+
 def _scope(key: ScopeKey, *columns: Any) -> Select[Any]:
     return select(*columns).where(scopes.c.name == key.scope, scopes.c.fingerprint == key.fingerprint)
+
+
+def _count_tokens(connection: Connection, scope_id: int, rows: Sequence[dict[str, Any]]) -> None:
+    """Add to the scope's tokens those of the rows that are not there yet."""
+    known: set[bytes] = set()
+    for start in range(0, len(rows), _BATCH):
+        hashes = [row["hash"] for row in rows[start : start + _BATCH]]
+        statement = select(runs.c.hash).where(runs.c.scope_id == scope_id, runs.c.hash.in_(hashes))
+        known.update(bytes(data) for data in connection.scalars(statement))
+    new = sum(row["length"] for row in rows if row["hash"] not in known)
+    connection.execute(update(scopes).where(scopes.c.id == scope_id).values(tokens=scopes.c.tokens + new))
 
 
 def _upsert_notes(connection: Connection, scope_id: int, pending: Mapping[str, bytes]) -> None:
@@ -199,6 +229,11 @@ def _upsert_notes(connection: Connection, scope_id: int, pending: Mapping[str, b
         {"scope_id": scope_id, "name": name, "data": data, "last_used": now} for name, data in sorted(pending.items())
     ]
     connection.execute(on_conflict(insert(connection, notes), notes), rows)
+
+
+def _hash(row: Mapping[str, Any]) -> bytes:
+    found: bytes = row["hash"]
+    return found
 
 
 def _greater(one: Any, other: Any) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -30,6 +31,8 @@ HURRIED_MILLISECONDS = 50
 _CHECKED_BYTES = 256 << 20
 """Larger files are not read through when they are opened: a second per gigabyte or more would be noticed."""
 
+_LOCK_SECONDS = 2.0
+
 _COMPANIONS = ("", "-wal", "-shm", "-journal")
 
 
@@ -39,7 +42,8 @@ class CorruptFileError(StoreError):
 
 def in_memory(url: URL) -> bool:
     database = url.database or ":memory:"
-    return ":memory:" in database or url.query.get("mode") == "memory" or "mode=memory" in database
+    in_uri = url.query.get("mode") == "memory" or "mode=memory" in database
+    return database in (":memory:", "file::memory:") or (database.startswith("file:") and in_uri)
 
 
 class SqliteFile:
@@ -168,8 +172,22 @@ def _locked(folder: Path, *, exclusively: bool) -> Iterator[None]:
             descriptor = os.open(folder, os.O_RDONLY)
             cleanup.callback(os.close, descriptor)
             if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX if exclusively else fcntl.LOCK_SH)
+                _lock(descriptor, fcntl.LOCK_EX if exclusively else fcntl.LOCK_SH)
+                # Closing alone would not do: a child that was forked meanwhile has the same lock open.
+                cleanup.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)
         yield
+
+
+def _lock(descriptor: int, kind: int) -> None:
+    """Wait for a lock, but not for ever: somebody else may have locked the folder for reasons of their own."""
+    until = monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if monotonic() > until:
+                return
+        sleep(0.005)
 
 
 def _identify(path: Path) -> tuple[int, int] | None:
@@ -216,6 +234,12 @@ def use_wal(connection: Connection) -> None:
     """Readers and one writer side by side. The file remembers it."""
     if connection.exec_driver_sql("PRAGMA journal_mode").scalar() != "wal":
         connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+
+
+def vacuum(connection: Connection) -> None:
+    """Write the file anew: pages that were split keep copies of rows in their unused part, where nothing overwrites
+    them."""
+    connection.exec_driver_sql("VACUUM")
 
 
 def checkpoint(connection: Connection) -> bool:

@@ -50,6 +50,7 @@ class PhraseStore:
         url_or_engine: str | URL | Engine,
         *,
         create: bool = True,
+        check: bool = True,
         capacity: int = 1_000_000,
         scope_quota: int | None = 1_000_000,
         quota: int | None = 100_000_000,
@@ -61,6 +62,7 @@ class PhraseStore:
             url_or_engine: `sqlite:///PATH`, `sqlite://` (in memory), `postgresql+psycopg://USER@HOST/DATABASE`, or an
                 engine of yours, which keeps its settings and is not disposed.
             create: Make the file, its folders and the tables where there are none.
+            check: Look at a file that is there now; off, that too waits for the first use.
             capacity: Tokens kept in memory per pool at most; what was used last is kept.
             scope_quota, quota: Tokens kept in the database at most, per scope and tokenizer, and in all; a flush that
                 exceeds them drops what was used least recently. None: no bound.
@@ -80,19 +82,18 @@ class PhraseStore:
         self._closed = False
         self._database = Database(url_or_engine, create=create, on_loss=self._leave_file)
         self._outage = Outage(self._database.name)
-        self._writer = Writer(self._database, self._outage, Quotas(scope_quota, quota))
+        self._writer = Writer(self._database, self._outage, Quotas(scope_quota, quota), check_scopes(tuple(ephemeral)))
         self._pools = Pools(
             self._database,
             self._writer,
             self._outage,
             capacity=capacity,
-            ephemeral=check_scopes(tuple(ephemeral)),
             refresh=self._refresh,
         )
         _stores.add(self)
         if self._database.file is not None:
             self._database.file.check(create)
-            if self._database.file.path.exists():
+            if check and self._database.file.path.exists():
                 self._setup_if_available()
 
     def __repr__(self) -> str:
@@ -138,8 +139,10 @@ class PhraseStore:
             self._check_open()
             if ephemeral:
                 self._pools.make_ephemeral(scope)
-            self._setup_if_available()
-            pools = [self._pools.open(ScopeKey(name, fingerprint)) for name in dict.fromkeys(names)]
+            reachable = self._setup_if_available()
+            pools = [
+                self._pools.open(ScopeKey(name, fingerprint), reachable=reachable) for name in dict.fromkeys(names)
+            ]
         return pools[0] if len(pools) == 1 else LayeredPool(pools)
 
     def flush(self) -> None:
@@ -149,7 +152,7 @@ class PhraseStore:
         flush.
         """
         with self._lock:
-            if not self._closed:
+            if not self._closed and not self._outage.resting and not self._database.in_use:
                 self._write(patient=not self._outage.failing)
 
     def refresh(self) -> None:
@@ -218,7 +221,7 @@ class PhraseStore:
             self._writer.forget(scope)
             self._pools.forget({scope})
             deleted = self._ask(partial(rows.delete_scope, scope=scope), write=True)
-            self._checkpoint(f"{scope!r} is deleted")
+            self._erase("the scope is deleted")
             return deleted
 
     def prune(
@@ -249,7 +252,7 @@ class PhraseStore:
             self._write(patient=True)
             count, names = self._ask(partial(upkeep.prune, scope=scope, bounds=bounds), write=True)
             self._pools.forget(names)
-            self._checkpoint(f"{count} runs are pruned")
+            self._erase(f"{count} runs are pruned")
             return count
 
     def export(self, scope: str) -> Iterator[StoredRun]:
@@ -277,6 +280,7 @@ class PhraseStore:
         """
         count = 0
         for runs, notes in batches(records):
+            self._check_durable(*{key.scope for key in (*runs, *notes)})
             self._ask(partial(self._writer.put, runs=runs, notes=notes, add_counts=False), write=True)
             self._pools.forget_notes(notes)
             count += sum(len(found) for found in runs.values())
@@ -300,7 +304,6 @@ class PhraseStore:
             self._database.close()
 
     def _write(self, *, patient: bool) -> None:
-        self._pools.discard_ephemeral()
         self._writer.write(self._pools.mark_flushed, patient=patient)
 
     def _leave_parent(self) -> None:
@@ -317,22 +320,37 @@ class PhraseStore:
     def _leave_file(self, erased: bool) -> None:
         self._pools.leave_file(erased)
 
-    def _setup_if_available(self) -> None:
+    def _setup_if_available(self) -> bool:
+        """Whether the database may be asked."""
+        if self._outage.resting:
+            return False
         try:
-            self._database.setup()
+            self._database.setup(patient=not self._outage.failing)
+            return True
         except StoreUnavailableError as error:
             self._outage.begin("read", error)
+            return False
 
     def _change(self, change: Callable[..., int], *names: str) -> int:
         """Flush, change scopes by name, and let their open pools begin anew."""
         for name in names:
             check_scope(name)
+        self._check_durable(*names)
         with self._lock:
             self._check_open()
             self._write(patient=True)
-            count = self._ask(lambda connection: change(connection, *names), write=True)
+            count = self._ask(partial(self._changed, change, names), write=True)
             self._pools.forget(names)
             return count
+
+    def _changed(self, change: Callable[..., int], names: Sequence[str], connection: Connection) -> int:
+        count = change(connection, *names)
+        self._writer.enforce_quotas(connection, names[-1])
+        return count
+
+    def _check_durable(self, *scopes: str) -> None:
+        if ephemeral := [scope for scope in scopes if self._pools.is_ephemeral(scope)]:
+            raise OptionError(f"scope {ephemeral[0]!r} is in memory only in this store; nothing can be written to it")
 
     def _ask(self, action: Callable[[Connection], Result], *, write: bool = False) -> Result:
         """What the caller waits for: it works, or it raises StoreError."""
@@ -356,15 +374,15 @@ class PhraseStore:
             scope_id, last = batch[-1]
             batch = self._ask(partial(rows.read_note_batch, scope=scope, after=(scope_id, last.name)))
 
-    def _checkpoint(self, done: str) -> None:
+    def _erase(self, done: str) -> None:
         try:
-            emptied = self._database.checkpoint()
+            erased = self._database.erase()
         except DATABASE_ERRORS:
-            emptied = False
-        if not emptied:
+            erased = False
+        if not erased:
             warnings.warn(
-                f"{done}, but another connection is using {self._database.name}: its write-ahead log "
-                "keeps the old bytes until the next checkpoint, at the latest until the last connection closes",
+                f"{done}, but another connection is using {self._database.name}: its pages or its write-ahead log "
+                "keep old bytes until the next delete or prune that nobody is in the way of",
                 RuntimeWarning,
                 stacklevel=3,
             )

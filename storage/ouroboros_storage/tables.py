@@ -32,6 +32,8 @@ scopes = Table(
     Column("created", BigInteger, nullable=False),
     Column("last_used", BigInteger, nullable=False),
     Column("generation", BigInteger, nullable=False, server_default="0"),
+    Column("writes", BigInteger, nullable=False, server_default="0"),
+    Column("tokens", BigInteger, nullable=False, server_default="0"),
     Unique("name", "fingerprint"),
 )
 
@@ -48,7 +50,7 @@ runs = Table(
     Column("last_used", BigInteger, nullable=False),
     Column("answer", SmallInteger, nullable=False, server_default="1"),
     Unique("scope_id", "hash"),
-    Index("ouroboros_runs_last_used", "scope_id", "last_used", "length"),
+    Index("ouroboros_runs_last_used", "scope_id", "last_used"),
 )
 
 notes = Table(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from time import time_ns
 from typing import Any
@@ -13,7 +13,7 @@ from ouroboros_llm.errors import StoreError
 
 from .bounds import Bounds
 from .records import ScopeKey, StoreStats, content_hash, to_time
-from .rows import insert, on_conflict, upsert_scope
+from .rows import Mark, insert, on_conflict, upsert_scope
 from .tables import notes, runs, scopes
 
 _TRIMMED = 0.9
@@ -21,6 +21,9 @@ _TRIMMED = 0.9
 
 _KEPT_NOTES = 65_536
 """Notes per scope at most: successors of twice as many tokens as drafting keeps in memory."""
+
+_NOTES_COUNTED = 64
+"""A scope's notes are counted when it was written to so often."""
 
 _BATCH = 1000
 
@@ -33,18 +36,22 @@ class Quotas:
     store: int | None
     _unmeasured: float = float("inf")
 
-    def enforce(self, connection: Connection, scope_ids: Sequence[int], written: int) -> None:
+    def enforce(self, connection: Connection, marks: Collection[Mark], written: int) -> None:
         """After `written` tokens went to these scopes."""
-        for scope_id in scope_ids:
-            of_scope = runs.c.scope_id == scope_id
+        for mark in marks:
+            of_scope = scopes.c.id == mark.scope_id
             if self.scope is not None and _tokens(connection, of_scope) > self.scope:
-                _drop(connection, _least_recent(of_scope, Bounds(max_tokens=int(self.scope * _TRIMMED))))
-            _drop_notes(connection, scope_id)
+                bounds = Bounds(max_tokens=int(self.scope * _TRIMMED))
+                _drop(connection, _least_recent(runs.c.scope_id == mark.scope_id, bounds))
+                _count_anew(connection, of_scope)
+            if mark.writes % _NOTES_COUNTED == 0:
+                _drop_notes(connection, mark.scope_id)
         # The store is measured anew when it may have grown by a hundredth, with what other processes wrote.
         self._unmeasured += written
         if self.store is not None and self._unmeasured > self.store / 100:
             if _tokens(connection, true()) > self.store:
                 _drop(connection, _least_recent(true(), Bounds(max_tokens=int(self.store * _TRIMMED))))
+                _count_anew(connection, true())
             self._unmeasured = 0
 
 
@@ -69,6 +76,7 @@ def prune(connection: Connection, scope: str | None, bounds: Bounds) -> tuple[in
         .where(scopes.c.id.in_(touched))
         .values(generation=scopes.c.generation + 1, last_used=_last_used())
     )
+    _count_anew(connection, scopes.c.id.in_(touched))
     if before is not None:
         empty = ~select(runs.c.id).where(runs.c.scope_id == scopes.c.id).exists()
         gone = select(scopes.c.id).where(scopes.c.id.in_(chosen), empty, scopes.c.last_used < before)
@@ -87,13 +95,14 @@ def merge(connection: Connection, source: str, target: str, *, into_existing: bo
         _check_free(connection, target)
     for row in found:
         key = ScopeKey(target, row.fingerprint)
-        target_id, _ = upsert_scope(connection, key, row.created, row.last_used)
+        target_id = upsert_scope(connection, key, row.created, row.last_used).scope_id
         for table in (runs, notes):
             columns = [column for column in table.columns if column.name not in ("id", "scope_id")]
             order = runs.c.id if table is runs else notes.c.name
             rows = select(literal(target_id), *columns).where(table.c.scope_id == row.id).order_by(order)
             statement = insert(connection, table).from_select(["scope_id", *(c.name for c in columns)], rows)
             connection.execute(on_conflict(statement, table, keep_data=True))
+        _count_anew(connection, scopes.c.id == target_id)
     ids = [row.id for row in found]
     return connection.scalar(select(func.count()).select_from(runs).where(runs.c.scope_id.in_(ids))) or 0
 
@@ -219,7 +228,19 @@ def _last_used() -> Any:
 
 
 def _tokens(connection: Connection, chosen: Any) -> int:
-    return int(connection.scalar(select(func.coalesce(func.sum(runs.c.length), 0)).where(chosen)) or 0)
+    return int(connection.scalar(select(func.coalesce(func.sum(scopes.c.tokens), 0)).where(chosen)) or 0)
+
+
+def _count_anew(connection: Connection, chosen: Any) -> None:
+    """After runs went, or came from elsewhere."""
+    tokens = select(func.coalesce(func.sum(runs.c.length), 0)).where(runs.c.scope_id == scopes.c.id).scalar_subquery()
+    connection.execute(update(scopes).where(chosen).values(tokens=tokens))
+
+
+def marks_of(connection: Connection, scope: str) -> list[Mark]:
+    """Of all rows of a scope."""
+    statement = select(scopes.c.id, scopes.c.generation, scopes.c.writes).where(scopes.c.name == scope)
+    return [Mark(*row) for row in connection.execute(statement)]
 
 
 def _rows_of(connection: Connection, scope: str) -> Sequence[Any]:
