@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         UnknownModelError,
     )
     from .generation import custom_generate
+    from .grammar import Grammar
     from .memory_pool import MemoryPool
     from .options import DecodingOptions
     from .ouroboros import Ouroboros
@@ -37,6 +38,7 @@ __all__ = [
     "DecodingOptions",
     "DecodingStatistics",
     "GenerationResult",
+    "Grammar",
     "KVUsage",
     "MemoryLimitError",
     "MemoryPool",
@@ -84,6 +86,7 @@ _MODULES = {
     "TokenizerMismatchError": "errors",
     "UnknownModelError": "errors",
     "custom_generate": "generation",
+    "Grammar": "grammar",
     "documents_pool": "drafting.retrieval",
     "read_documents": "drafting.retrieval",
     "DecodingOptions": "options",

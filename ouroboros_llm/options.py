@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from .drafting.names import check_drafters
 from .errors import OptionError
+from .grammar import Grammar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class DecodingOptions:
         frequency_penalty: Subtracted once per occurrence in the output.
         logit_bias: Token id to number added to its logit.
         seed: Makes sampling reproducible: the same seed gives the same tokens, with drafts or without.
+        grammar: What the text must look like, as in `Grammar.json_schema(...)`. It then parses whatever the model
+            is like, and ends within `max_new_tokens`; where not even its shortest text fits, an OptionError says so.
         exact: Decide greedy near-ties, within a margin measured at load, by a pass over one token. That makes tokens of
             half precision differ from plain decoding's less often, not never: keys and values of wide passes are
             rounded differently too. Sampling then runs without drafts. Not needed in float32.
@@ -55,6 +58,7 @@ class DecodingOptions:
     frequency_penalty: float | None = None
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     seed: int | None = None
+    grammar: Grammar | None = None
     exact: bool = False
     max_draft_tokens: int | None = None
     drafters: tuple[str, ...] | None = None
@@ -77,6 +81,10 @@ class DecodingOptions:
         _number("repetition_penalty", self.repetition_penalty, 0.0, above=True)
         _number("presence_penalty", self.presence_penalty)
         _number("frequency_penalty", self.frequency_penalty)
+        if not isinstance(self.grammar, (Grammar, type(None))):
+            raise OptionError(
+                f"grammar must be a Grammar, as Grammar.json_schema(...) makes them, but got {self.grammar!r:.80}"
+            )
         if not isinstance(self.exact, bool):
             raise OptionError(f"exact must be True or False, but got {self.exact!r}")
         self._check_limits()

@@ -18,6 +18,7 @@ from .device_memory import check_room, let_go
 from .draft_pair import load_draft
 from .drafting.memory import Memory
 from .errors import OptionError, PromptError
+from .matching.constraint import Constraint, constraint_for
 from .memory_pool import MemorySource
 from .options import DecodingOptions, check_whole
 from .phrases import PhrasePool, PoolSource, check_scope, check_scopes
@@ -203,13 +204,14 @@ class Ouroboros:
         if not isinstance(options, DecodingOptions):
             raise OptionError(f"options must be DecodingOptions or None, but got {type(options).__name__}")
         fitted = self._fit(prompt, tools, options)
+        constraint = constraint_for(options.grammar, self.model, self.tokenizer, len(fitted.token_ids), fitted.limit)
         session = self._sessions.open(check_scope(DEFAULT_SCOPE if scope is None else scope))
         # Here and not in a step, which others wait for: a database may take its time.
         write, *read = [
             open_pool(self.store, name, self.fingerprint) for name in (session.scope, *check_scopes(read_scopes))
         ]
         cancelled = threading.Event()
-        steps = self._steps(fitted, session, write, read, options, cancelled)
+        steps = self._steps(fitted, session, write, read, options, constraint, cancelled)
         after = None if isinstance(self.store, MemorySource) else partial(flush, self.store)
         request = Request(steps, timeout=options.timeout, after=after)
         return Stream(self._worker, request, cancelled)
@@ -326,6 +328,7 @@ class Ouroboros:
         write: PhrasePool,
         read: list[PhrasePool],
         options: DecodingOptions,
+        constraint: Constraint | None,
         cancelled: threading.Event,
     ) -> Steps[Piece]:
         """One answer, a step at a time, in the worker's thread."""
@@ -349,6 +352,7 @@ class Ouroboros:
                 dropped=fitted.dropped,
                 cancelled=cancelled.is_set,
                 spare=self._spare,
+                constraint=constraint,
             )
             return (yield from turn.steps())
         finally:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
 
 from .options import DecodingOptions
 from .verification import Choose
+
+if TYPE_CHECKING:
+    from .matching.constraint import Constraint
 
 Process = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """The library's logits processors: (text [1, length], scores [1, vocabulary]) -> scores."""
@@ -31,9 +34,12 @@ class Sampler:
         generator: torch.Generator | None = None,
         sample: bool = False,
         margin: float = 0.0,
+        constraint: Constraint | None = None,
     ) -> None:
-        """`margin`: greedy scores closer than this are left to a pass over one token; 0 decides all at once."""
+        """`margin`: greedy scores closer than this are left to a pass over one token; 0 decides all at once.
+        `constraint`: a grammar that the text is to follow; its mask is one of `processors`."""
         self._processors, self._generator, self._sample, self._margin = tuple(processors), generator, sample, margin
+        self._constraint = constraint
 
     def chooser(self, logits: torch.Tensor, likeliest: Sequence[int], context: Sequence[int]) -> Choose:
         plain = not (self._processors or self._sample)
@@ -43,10 +49,15 @@ class Sampler:
         def choose(node: int, emitted: list[int]) -> int | None:
             if plain and not wary:
                 return likeliest[node]
+            if self._constraint is not None:
+                self._constraint.place(context, emitted)
+                if not self._sample and (only := self._constraint.only) is not None:
+                    return only
             scores = self._scores(logits[node : node + 1], text, emitted)
-            if self._sample:
-                return self._draw(scores)
-            return None if wary and _lead(scores) <= self._margin else int(scores.argmax())
+            if wary and not self._sample and _lead(scores) <= self._margin:
+                return None
+            preferences = (self._perturbed(scores) if self._sample else scores)[0]
+            return int(preferences.argmax()) if self._constraint is None else self._constraint.pick(preferences)
 
         return choose
 
@@ -67,11 +78,10 @@ class Sampler:
                 scores = process(ids, scores)
         return scores
 
-    def _draw(self, scores: torch.Tensor) -> int:
+    def _perturbed(self, scores: torch.Tensor) -> torch.Tensor:
+        """Probabilities over random numbers: the greatest is a sample."""
         probabilities = scores.softmax(-1)
-        return int(
-            (probabilities / torch.empty_like(probabilities).exponential_(1, generator=self._generator)).argmax()
-        )
+        return probabilities / torch.empty_like(probabilities).exponential_(1, generator=self._generator)
 
 
 def _lead(scores: torch.Tensor) -> float:
@@ -105,19 +115,27 @@ class OutputPenalty:
         return scores
 
 
-def sampler_for(model: Any, options: DecodingOptions, prompt_length: int, limit: int, margin: float) -> Sampler:
+def sampler_for(
+    model: Any,
+    options: DecodingOptions,
+    prompt_length: int,
+    limit: int,
+    margin: float,
+    constraint: Constraint | None = None,
+) -> Sampler:
     """The sampler that `options` ask for; what they leave unset follows `model.generation_config`.
 
     Args:
         prompt_length, limit: tokens of the prompt, and tokens to generate at most.
         margin: what `exact=True` takes for a near-tie.
+        constraint: the grammar of the options, beside this text.
     """
     config = _generation_config(model, options, prompt_length + limit)
     # The library's own list, in its own order: what the model's configuration asks for is done as `generate` does it.
     processors: Any = model._get_logits_processor(
         config,
         input_ids_seq_length=prompt_length,
-        logits_processor=_own_processors(options, prompt_length),
+        logits_processor=_own_processors(options, prompt_length, constraint),
         device=model.device,
     )
     generator = None
@@ -125,16 +143,19 @@ def sampler_for(model: Any, options: DecodingOptions, prompt_length: int, limit:
         generator = torch.Generator(model.device).manual_seed(options.seed)
     # A penalty stretches the distance between two logits, and so what rounding does to it.
     margin *= max(config.repetition_penalty or 1.0, 1 / (config.repetition_penalty or 1.0)) if options.exact else 0.0
-    return Sampler(processors, generator=generator, sample=not options.greedy, margin=margin)
+    return Sampler(processors, generator=generator, sample=not options.greedy, margin=margin, constraint=constraint)
 
 
-def _own_processors(options: DecodingOptions, prompt_length: int) -> list[Process]:
+def _own_processors(options: DecodingOptions, prompt_length: int, constraint: Constraint | None) -> list[Process]:
     processors: list[Process] = []
     if options.logit_bias:
         processors.append(LogitBias(options.logit_bias))
     if options.presence_penalty or options.frequency_penalty:
         penalties = options.presence_penalty or 0.0, options.frequency_penalty or 0.0
         processors.append(OutputPenalty(*penalties, prompt_length))
+    if constraint is not None:
+        # Before temperature and cut-offs, which the library does last: they go by what the grammar leaves.
+        processors.append(lambda input_ids, scores: constraint.mask(scores))
     return processors
 
 

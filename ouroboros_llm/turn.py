@@ -16,12 +16,14 @@ from .drafting import lookahead
 from .drafting.base import Drafter, NoDrafts, Round, Source
 from .drafting.blend import Blend
 from .drafting.draft_model import ALTERNATIVES, DraftModel, DraftModelDrafter
+from .drafting.grammar import GrammarSource
 from .drafting.memory import sources
 from .drafting.names import DEFAULT_DRAFTERS
 from .drafting.phrases import PhraseSource, RunningText
 from .drafting.recycling import KEPT
 from .drafting.worth import PayingDrafter
 from .errors import MemoryLimitError
+from .matching.constraint import Constraint
 from .options import DecodingOptions
 from .phrases import PhrasePool
 from .sampling import end_token_ids, sampler_for
@@ -51,21 +53,24 @@ class Turn:
         prompt_ids: list[int],
         limit: int,
         options: DecodingOptions,
+        constraint: Constraint | None = None,
         dropped: int = 0,
         cancelled: Callable[[], bool] = lambda: False,
         spare: Callable[[], None] = lambda: None,
     ) -> None:
         """`write`: the pool of the session's scope; `read`: further pools; `documents`: texts that answers may
-        quote; `limit`: tokens to generate at most; `dropped`: tokens left out of the prompt; `cancelled`: asked before
+        quote; `limit`: tokens to generate at most; `constraint`: what the options' grammar makes of this
+        text; `dropped`: tokens left out of the prompt; `cancelled`: asked before
         every step; `spare`: gives memory back that others can do without."""
         self._prepared, self._draft = prepared, draft
         self._session, self._workspace, self._write = session, workspace, write
         self._prompt_ids, self._limit, self._options, self._dropped = prompt_ids, limit, options, dropped
+        self._constraint = constraint
         self._cancelled, self._spare = cancelled, spare
         self._end_token_ids = end_token_ids(prepared.model.generation_config)
         self._transcript = Transcript(tokenizer, options.stop, self._end_token_ids)
         self._drafter, self._draft_model = self._blend(read, documents)
-        self._sampler = sampler_for(prepared.model, options, len(prompt_ids), limit, prepared.probe.margin)
+        self._sampler = sampler_for(prepared.model, options, len(prompt_ids), limit, prepared.probe.margin, constraint)
         self._tally = Tally()
         self._lean, self._draft_forwards = False, 0
 
@@ -201,6 +206,8 @@ class Turn:
         sampling = not self._options.greedy
         found = sources(names, memory, text=text, write=self._write, read=read, documents=documents, sampling=sampling)
         found = [*self._window_phrases(names), *found]
+        if self._constraint is not None:
+            found.insert(0, GrammarSource(self._constraint.place))
         if self._workspace.draft_target is None or "draft_model" not in names:
             return self._with_window(names, self._paying(Blend(found, memory.calibration))), None
         model = self._draft_model_of(self._workspace.draft_target, names, text, read)

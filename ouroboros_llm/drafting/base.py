@@ -112,6 +112,17 @@ class Source(Protocol):
         """Take note of a round, the prefill's included."""
 
 
+@runtime_checkable
+class Rule(Source, Protocol):
+    """A source that knows what may come at all; `Blend` drafts nothing else."""
+
+    def forced(self, state: Any) -> int | None:
+        """The only token that may come, if there is only one."""
+
+    def allows(self, state: Any, token_id: int) -> bool:
+        """Whether a token may come."""
+
+
 class NoDrafts:
     """Plain decoding: the second implementation of `Drafter`."""
 

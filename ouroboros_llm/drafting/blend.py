@@ -7,7 +7,7 @@ from heapq import heappop, heappush
 from typing import Any
 
 from ..draft_tree import DraftTree, TreeBuilder
-from .base import Budget, Guesses, Round, Source
+from .base import Budget, Guesses, Round, Rule, Source
 from .budget import WidthChoice
 from .calibration import Calibration, Estimate, Situation, mix
 
@@ -16,6 +16,9 @@ _MIN_PATH_CHANCE = 0.003
 
 _LONG_MATCH = 6
 """Matches longer than this are one situation."""
+
+_CERTAIN = Estimate(1.0, (), (), ("", 0))
+"""Of what a rule forces. It rests on no evidence, and there is nothing to learn from it."""
 
 States = list[Any]
 """Per source: its state, or None."""
@@ -31,8 +34,10 @@ class Blend:
     """
 
     def __init__(self, sources: Sequence[Source], calibration: Calibration | None = None) -> None:
-        """`sources`: the most telling first; `calibration`: what is known of how often they are right."""
+        """`sources`: the most telling first, at most one of them a `Rule`; `calibration`: what is known of how often
+        they are right."""
         self.sources = tuple(sources)
+        self._rule = next(((n, source) for n, source in enumerate(sources) if isinstance(source, Rule)), None)
         self.calibration = calibration or Calibration()
         self._names: dict[tuple[int, ...], str] = {}
 
@@ -71,7 +76,8 @@ class Blend:
         path = set(round.path)
         for node, parent in enumerate(round.draft.parents):
             # Only guesses whose parents were chosen were judged in their own context.
-            if parent in path and isinstance(estimate := round.draft.evidence[node], Estimate):
+            estimate = round.draft.evidence[node]
+            if parent in path and isinstance(estimate, Estimate) and estimate.evidence:
                 self.calibration.learn(estimate, hit=node in path)
         for source in self.sources:
             source.learn(round)
@@ -84,6 +90,10 @@ class Blend:
 
     def _estimates(self, states: States) -> Iterator[tuple[int, str, Estimate]]:
         """(token, the source that is surest of it, estimate) of all guesses at one node."""
+        rule, place = (None, None) if self._rule is None else (self._rule[1], states[self._rule[0]])
+        if rule is not None and place is not None and (forced := rule.forced(place)) is not None:
+            yield forced, rule.name, _CERTAIN
+            return
         said: list[tuple[str, Guesses]] = []
         numbers = []
         for number, state in enumerate(states):
@@ -94,6 +104,8 @@ class Blend:
         weights = self.calibration.weights(situation) if said else ()
         log_odds = self.calibration.log_odds
         for token_id in dict.fromkeys(token_id for _, guesses in said for token_id in guesses.by_token):
+            if rule is not None and place is not None and not rule.allows(place, token_id):
+                continue
             evidence, inputs, surest, source = [], [], -100.0, ""
             for name, guesses in said:
                 guess = guesses.by_token.get(token_id)
