@@ -15,18 +15,20 @@ import torch
 from conftest import byte_tokenizer, plain, tiny_model
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from transformers import LogitsProcessor
+from transformers import AutoTokenizer, LogitsProcessor
 
-from ouroboros_llm import DecodingOptions, Grammar, MemoryPool, MissingExtraError, OptionError, Ouroboros
+from ouroboros_llm import DecodingOptions, Grammar, MemoryPool, MissingExtraError, OptionError, Ouroboros, models
 from ouroboros_llm.decoder import Decoder
 from ouroboros_llm.drafting.base import Rule
 from ouroboros_llm.drafting.blend import Blend
 from ouroboros_llm.drafting.grammar import GrammarSource
+from ouroboros_llm.drafting.memory import Memory, sources
 from ouroboros_llm.drafting.phrases import PhraseSource
 from ouroboros_llm.matching.constraint import Constraint, constraint_for
 from ouroboros_llm.matching.matcher import Matcher, matcher_for
 from ouroboros_llm.sampling import Sampler, sampler_for
 from ouroboros_llm.target.prepared import prepare
+from ouroboros_llm.target.scripted import ScriptedTarget
 
 llguidance = pytest.importorskip("llguidance")
 jsonschema = pytest.importorskip("jsonschema")
@@ -448,6 +450,41 @@ def test_compiled_grammars_are_shared() -> None:
 def test_a_sampler_without_a_grammar_is_as_before() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0]])
     assert Sampler().chooser(logits, [1], [0])(0, []) == 1
+
+
+@pytest.mark.real_model
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(schema=SCHEMAS, spare=st.integers(0, 24), seed=st.integers(0, 999), sample=st.booleans(), call=st.booleans())
+def test_a_real_vocabulary_in_which_text_divides_in_many_ways(
+    schema: dict[str, Any], spare: int, seed: int, sample: bool, call: bool
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models.resolve("smollm2-135m-instruct"))
+    around = ("<tool_call>\n", "\n</tool_call>") if call else ("", "")
+    found = matcher_for(Grammar.json_schema(schema, before=around[0], after=around[1]), tokenizer, [END])
+    limit = len(found.shortest(500)) + 1 + spare
+    assume(limit < 120)
+
+    def logits(text: tuple[int, ...]) -> torch.Tensor:
+        noise = torch.randn(len(tokenizer), generator=torch.Generator().manual_seed(seed + sum(text[-3:])))
+        noise[:3000] += 2  # short tokens
+        return noise * 2
+
+    outputs = []
+    for width in (1, 24):
+        constraint = Constraint(found, 3, limit)
+        generator = torch.Generator().manual_seed(seed)
+        masks = [lambda ids, scores, constraint=constraint: constraint.mask(scores)]
+        sampler = Sampler(masks, constraint=constraint, sample=sample, generator=generator)
+        memory = Memory()
+        named = sources(("phrases", "recycling"), memory)
+        drafter = Blend([GrammarSource(constraint.place), *named], memory.calibration)
+        decoder = Decoder(ScriptedTarget(logits), drafter, width=width, successors=4)
+        done = decoder.rounds([5, 6, 7], sampler, limit=limit, end_token_ids={END})
+        outputs.append([token_id for round in done for token_id in round.token_ids])
+    assert outputs[0] == outputs[1] and outputs[0][-1] == END
+    text = found.vocabulary.tokenizer.decode_bytes(outputs[0][:-1]).decode()
+    assert text.startswith(around[0]) and text.endswith(around[1])
+    jsonschema.validate(json.loads(text.removeprefix(around[0]).removesuffix(around[1])), schema)
 
 
 @pytest.mark.real_model
