@@ -20,14 +20,13 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# PostgreSQL from the distribution, on loopback, for as long as the tests run.
+# Both of these bring a PostgreSQL of their own: scripts/with_postgres installs and starts one, and leaves nothing of it.
 test-postgres: setup
-	PATH="$(abspath $(BIN)):$$PATH" scripts/with_postgres pytest tests/test_pool_contract.py tests/test_storage.py \
-		tests/test_upkeep.py tests/test_schemas.py tests/test_faults.py tests/test_pool_cli.py
+	scripts/with_postgres $(BIN)/python -m pytest -k "not test_faults or postgres" tests/test_pool_contract.py \
+		tests/test_storage.py tests/test_upkeep.py tests/test_schemas.py tests/test_faults.py tests/test_pool_cli.py
 
-# Killed, full, read-only, deleted, replaced, damaged, crowded, forked, stopped: on both databases.
 test-faults: setup
-	PATH="$(abspath $(BIN)):$$PATH" scripts/with_postgres pytest -m faults
+	scripts/with_postgres $(BIN)/python -m pytest tests/test_faults.py
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -33,6 +33,8 @@ from ouroboros_storage import PhraseStore
 SCOPE = "bench:one"
 VOCABULARY = 150_000
 RUNS_PER_FLUSH = 50
+STUCK_SECONDS = 300
+"""After which a measurement that should have ended is given up."""
 NOTE_NAMES = 20_000
 """Tokens whose successors a scope keeps; each turn writes those of 200."""
 
@@ -154,21 +156,26 @@ def flush_seconds(url: str, sizes: Sizes) -> str:
 
 
 def write_turns(url: str, number: int, turns: int, barrier: Any) -> None:
-    """One of several processes."""
+    """One of several processes. If it fails, none of the others waits for it."""
     generator = random.Random(number)
-    with open_store(url) as store:
-        pool = store.open("bench:shared", fingerprint="f")
+    try:
+        with open_store(url) as store:
+            pool = store.open("bench:shared", fingerprint="f")
+            barrier.wait()
+            for _ in range(turns):
+                turn(pool, generator)
+                store.flush()
         barrier.wait()
-        for _ in range(turns):
-            turn(pool, generator)
-            store.flush()
-    barrier.wait()
+    except BaseException:
+        barrier.abort()
+        raise
 
 
 def turns_per_second(url: str, sizes: Sizes) -> str:
     # New interpreters: nothing of this process's connections may be shared.
     context = multiprocessing.get_context("spawn")
-    barrier, turns = context.Barrier(sizes.processes + 1), max(1, sizes.turns // sizes.processes)
+    barrier = context.Barrier(sizes.processes + 1, timeout=STUCK_SECONDS)
+    turns = max(1, sizes.turns // sizes.processes)
     arguments = [(url, number, turns, barrier) for number in range(sizes.processes)]
     writers = [context.Process(target=write_turns, args=each) for each in arguments]
     for writer in writers:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import resource
 import shlex
 import shutil
 import signal
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import pytest
 from conftest import byte_tokenizer, plain, tiny_model
-from databases import needs_postgres, path_of, remember
+from databases import path_of, remember
 from processes import Process, Report, together
 from sqlalchemy import create_engine, event, make_url, text
 
@@ -34,7 +33,9 @@ from ouroboros_llm import DecodingOptions, Ouroboros, StoreError
 from ouroboros_storage import PhraseStore, sqlite_file
 from ouroboros_storage.migrations import MIGRATIONS
 
+resource = pytest.importorskip("resource", reason="these tests fork, and bound what a process may write")
 pytestmark = pytest.mark.faults
+CONTROL = shlex.split(os.environ.get("OUROBOROS_TEST_POSTGRES_CTL", ""))
 Turn = tuple[int, int]
 
 
@@ -50,12 +51,8 @@ def strict() -> Iterator[None]:
 def server() -> Iterator[Callable[[str], None]]:
     """Stops and starts PostgreSQL; it runs again afterwards."""
 
-    def control(action: str) -> None:
-        subprocess.run([*shlex.split(os.environ["OUROBOROS_TEST_POSTGRES_CTL"]), action], check=True)
-
-    yield control
-    with warnings.catch_warnings():
-        subprocess.run([*shlex.split(os.environ["OUROBOROS_TEST_POSTGRES_CTL"]), "start"], capture_output=True)
+    yield lambda action: subprocess.run([*CONTROL, action], check=True) and None
+    subprocess.run([*CONTROL, "start"], capture_output=True)
 
 
 def counts(url: str, scope: str = "a") -> dict[tuple[int, ...], int]:
@@ -74,6 +71,8 @@ def recorded() -> Iterator[list[str]]:
     messages: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        # Python hides it too: psycopg says it of cursors whose server went away.
+        warnings.simplefilter("ignore", ResourceWarning)
         yield messages
         messages += [str(warning.message) for warning in caught]
 
@@ -663,7 +662,10 @@ def test_answers_beside_a_schema_of_a_later_version_leave_it_alone(any_url: str)
 # A server that stops
 
 
-@needs_postgres
+needs_server = pytest.mark.skipif(not CONTROL, reason="OUROBOROS_TEST_POSTGRES_CTL has no command: make test-postgres")
+
+
+@needs_server
 def test_a_postgres_that_stops_and_starts_loses_nothing(postgres_url: str, server: Callable[[str], None]) -> None:
     with PhraseStore(postgres_url) as store:
         pool = store.open("a", fingerprint="f")
@@ -692,7 +694,7 @@ def test_a_postgres_that_stops_and_starts_loses_nothing(postgres_url: str, serve
         assert store.open("a", fingerprint="f").recall("") == {"n": b"\x02"}
 
 
-@needs_postgres
+@needs_server
 def test_a_postgres_that_is_down_at_first_is_used_once_it_is_up(
     postgres_url: str, server: Callable[[str], None]
 ) -> None:
@@ -714,7 +716,27 @@ def test_a_postgres_that_is_down_at_first_is_used_once_it_is_up(
     assert counts(postgres_url, "b") == {(7, 8, 9): 1}
 
 
-@needs_postgres
+def test_a_turn_asks_a_server_that_is_down_once_before_and_once_after(impatient: None) -> None:
+    pytest.importorskip("psycopg")
+    store, attempts = PhraseStore("postgresql+psycopg://nobody@127.0.0.1:1/nothing"), list[object]()
+    event.listen(store._database.engine, "do_connect", lambda *_: attempts.append(None))
+
+    def turn() -> int:
+        attempts.clear()
+        pool = store.open("a", fingerprint="f", read_scopes=("b", "c"))
+        pool.add([1, 2, 3])
+        pool.remember({"n": b"x"})
+        store.flush()
+        return len(attempts)
+
+    with pytest.warns(RuntimeWarning, match="generation goes on") as caught:
+        assert turn() > 2  # patient at first: it may be a moment's trouble
+        assert [turn(), turn()] == [2, 2]
+        store.close()
+    assert len(caught) == 1
+
+
+@needs_server
 def test_a_postgres_that_crashes_under_four_processes_loses_nothing(
     postgres_url: str, server: Callable[[str], None]
 ) -> None:
@@ -838,7 +860,7 @@ def test_answers_are_the_models_own_whatever_happens(
     assert len(told) <= 1, told
 
 
-@needs_postgres
+@needs_server
 @pytest.mark.parametrize("when", ["before", "between"])
 def test_answers_are_the_models_own_while_postgres_is_down(
     postgres_url: str, server: Callable[[str], None], when: str
