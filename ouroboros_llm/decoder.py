@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from .draft_tree import MAX_WIDTH, DraftTree
 from .drafting.base import Budget, Drafter, Round, Successors
-from .target.base import Branching, TargetModel
+from .target.base import Branching, Pass, TargetModel, ask
 from .verification import Chooser, accept
 
 if TYPE_CHECKING:
@@ -47,11 +47,20 @@ class Decoder:
 
         The generator may be abandoned at any point: the next call starts from what the target has committed.
         """
+        steps = self.steps(prompt, sampler, limit=limit, end_token_ids=end_token_ids)
+        return (step for step in steps if isinstance(step, Round))
+
+    def steps(
+        self, prompt: Sequence[int], sampler: Chooser, *, limit: int, end_token_ids: Collection[int] = ()
+    ) -> Generator[Pass | Round, torch.Tensor | None, None]:
+        """As `rounds`, but before each the pass that it wants: whoever made that, together with others of the same
+        model, sends its logits; where None is sent it is made here."""
         context, left = list(prompt), limit
         self.drafter.open(context)
         branching = self.target.prefill_branching if self._prefill_drafts else "none"
         draft = self._draft(context, left, branching, end_token_ids, prefill_cost(self.target.cost))
-        logits = self.target.prefill(context, draft, PROMPT_POSITIONS if self._successors else 0)
+        before = PROMPT_POSITIONS if self._successors else 0
+        logits = yield from ask(Pass(self.target, draft, context, before))
         read, logits = self._read(context, logits[: -draft.width]), logits[-draft.width :]
         while True:
             likeliest, successors = likeliest_tokens(logits, self._successors)
@@ -69,7 +78,7 @@ class Decoder:
             # A choice that was left open is decided by a pass over its token alone.
             branching = self.target.branching if accepted.token_ids else "none"
             draft = self._draft(context, left, branching, end_token_ids, self.target.cost)
-            logits = self.target.verify(draft)
+            logits = yield from ask(Pass(self.target, draft))
 
     def _read(self, context: Sequence[int], logits: torch.Tensor) -> tuple[tuple[int, Successors], ...]:
         """The tokens before the root whose logits [n, vocabulary] a prefill gave, with their successors."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -147,3 +147,12 @@ def _number(
     if not finite or not low <= value <= high or (above and value == low):
         left, right = "(" if above or low == float("-inf") else "[", ")" if high == float("inf") else "]"
         raise OptionError(f"{name} must be a number in {left}{low:g}, {high:g}{right}, but got {value!r}")
+
+
+def spread(name: str, value: Any, count: int) -> list[Any]:
+    """One value for each of `count` prompts: of a list each its own, anything else for all. Raises OptionError."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise OptionError(f"{name} must be one for all {count} prompts or a list of {count}, but got {len(value)}")
+    return list(value)

@@ -6,15 +6,22 @@ import threading
 from collections.abc import Callable, Generator
 from queue import SimpleQueue
 from time import monotonic
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from .target.base import Pass
+
+if TYPE_CHECKING:
+    import torch
 
 AHEAD = 4
 """Items that may lie there, not yet taken by the caller, before a request pauses."""
 
 Item = TypeVar("Item")
-Steps = Generator[Item | None, None, Item | None]
+Steps = Generator[Item | Pass | None, "torch.Tensor | None", Item | None]
 """What a request does: every `next` is one step and yields what it brought, if anything; the last item is returned,
-when everything is put away. Closing it between two steps abandons the request."""
+when everything is put away. Closing it between two steps abandons the request.
+
+A step may stop at a `Pass` that it wants. It goes on when it is sent the logits, or None: then it makes that itself."""
 
 
 class End:
@@ -43,6 +50,10 @@ class Request(Generic[Item]):
         self.hurried = self.closed = False
         self.whole = False
         """Whether only the last item is wanted: then nobody need be woken before it."""
+        self.asked: Pass | None = None
+        """The pass at which its step has stopped."""
+        self.shares = True
+        """Whether its steps are believed to stop at passes, which can then be made together with others'."""
         self._deadline: float | None = None
         self._paused_at: float | None = None
 
@@ -79,6 +90,6 @@ class Request(Generic[Item]):
             heard()
 
 
-def nothing() -> Generator[None, None, None]:
+def nothing() -> Generator[None, torch.Tensor | None, None]:
     """Steps of a request that has none."""
     yield from ()

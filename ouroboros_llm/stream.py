@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from .errors import OuroborosError
 from .request import End, Request
-from .statistics import Piece
+from .statistics import GenerationResult, Piece
 from .worker import Worker
 
 CLOSE_SECONDS = 5.0
@@ -42,7 +42,7 @@ class Stream:
         return self
 
     def __next__(self) -> Piece:
-        self._begin()
+        self.begin()
         piece = None if self._request.closed else self._taken(self._request.arrived.get())
         if piece is None:
             raise StopIteration
@@ -52,7 +52,7 @@ class Stream:
         return self
 
     async def __anext__(self) -> Piece:
-        self._begin()
+        self.begin()
         while not self._request.closed:
             try:
                 piece = self._taken(self._request.arrived.get_nowait())
@@ -101,7 +101,8 @@ class Stream:
         """As `abandon`."""
         self.abandon()
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Start decoding, if that has not happened yet. Raises QueueFullError."""
         # A lock that is taken once and never given back: whoever gets it submits.
         if self._request.closed or not self._begun.acquire(blocking=False):
             return
@@ -137,6 +138,22 @@ def _tell(loop: asyncio.AbstractEventLoop, arrival: asyncio.Future[None]) -> Non
 
     with suppress(RuntimeError):  # the loop is closed: nobody waits any more
         loop.call_soon_threadsafe(arrived)
+
+
+def results(streams: Sequence[Stream], ahead: int) -> list[GenerationResult]:
+    """The results of all, in order; `ahead` of the one waited for have begun. What one raises ends the others."""
+    found: list[GenerationResult] = []
+    try:
+        for place, stream in enumerate(streams):
+            for begun in streams[place : place + ahead]:
+                begun.begin()
+            *_, last = stream
+            assert last.result is not None  # the last piece always carries it
+            found.append(last.result)
+    finally:
+        for stream in streams[len(found) :]:
+            stream.abandon()
+    return found
 
 
 async def off_the_loop(start: Callable[[], Iterator[Piece]]) -> AsyncGenerator[Piece]:

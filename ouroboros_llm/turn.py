@@ -7,11 +7,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from .decoder import Decoder
 from .device_memory import out_of_memory
-from .draft_tree import MAX_WIDTH
+from .draft_tree import MAX_WIDTH, DraftTree
 from .drafting import lookahead
 from .drafting.base import Drafter, NoDrafts, Round, Source
 from .drafting.blend import Blend
@@ -26,14 +27,17 @@ from .errors import MemoryLimitError
 from .matching.constraint import Constraint
 from .options import DecodingOptions
 from .phrases import PhrasePool
+from .request import Steps
 from .sampling import end_token_ids, sampler_for
 from .session import Session
 from .statistics import FinishReason, GenerationResult, Piece, Tally, Usage
-from .target.base import TargetModel
+from .target.base import Pass, TargetModel, ask
 from .target.eager import PREFILL_CHUNK
 from .target.prepared import PreparedModel, locked
 from .text import Transcript
 from .workspaces import Workspace
+
+Rounds = Generator[Pass | Round | None, torch.Tensor | None, None]
 
 
 class Turn:
@@ -74,8 +78,9 @@ class Turn:
         self._tally = Tally()
         self._lean, self._draft_forwards = False, 0
 
-    def steps(self) -> Generator[Piece | None, None, Piece]:
-        """Text as it comes, None after a step that brought none; returns the last piece, which carries the result.
+    def steps(self) -> Steps[Piece]:
+        """Text as it comes, None after a step that brought none, before that the pass that a step wants if others may
+        share it; returns the last piece, which carries the result.
 
         What was said is learned even if nobody listens on.
 
@@ -86,8 +91,10 @@ class Turn:
         rounds = self._rounds()
         try:
             while (reason := self._reason()) is None:
-                round = next(rounds, None)
-                yield None if round is None else Piece(*self._transcript.push(round.token_ids))
+                found = next(rounds)
+                while isinstance(found, Pass):
+                    found = rounds.send((yield found))
+                yield None if found is None else Piece(*self._transcript.push(found.token_ids))
             tail = self._transcript.flush()
         finally:
             self._write.add(self._transcript.token_ids)
@@ -112,25 +119,32 @@ class Turn:
         if self._draft is not None:
             session.draft_memory.remember(self._write, self._draft.fingerprint)
 
-    def _rounds(self) -> Iterator[Round | None]:
-        """The rounds, and None after a step that only read. What runs out of memory is tried again with less."""
+    def _rounds(self) -> Rounds:
+        """The rounds, and None after a step that only read; before each the pass that it wants, if others may share
+        it. What runs out of memory is tried again with less."""
         remedies: tuple[Callable[[], None], ...] = (lambda: None, self._drop_drafts, self._drop_caches)
         for remedy in remedies:
             remedy()
-            decoding = self._decoding()
+            decoding, logits = self._decoding(), None
             while True:
                 mark = self._sampler.mark()
                 try:
                     with self._timed():
-                        round = next(decoding)
+                        found = decoding.send(logits)
                 except Exception as error:
                     if not out_of_memory(error):
                         raise
                     reason = str(error)
                     break  # out of the handler, which keeps the tensors of the failed pass alive
-                if round is not None:
-                    self._tally.add(round)
-                yield round
+                logits = None
+                if isinstance(found, Round):
+                    self._tally.add(found)
+                if not isinstance(found, Pass):
+                    yield found
+                # In a pass made with others, near-ties could go the other way.
+                elif found.packer is not None and not self._options.exact:
+                    logits = yield found
+                    self._tally.seconds += found.seconds
             # The choices of a round that failed are made again.
             self._sampler.back_to(mark)
         raise MemoryLimitError(
@@ -139,7 +153,7 @@ class Turn:
             f"lower max_new_tokens or max_active, or load the model in a smaller dtype ({reason.splitlines()[0]})"
         )
 
-    def _decoding(self) -> Iterator[Round | None]:
+    def _decoding(self) -> Rounds:
         """From the text so far to its end."""
         context = [*self._prompt_ids, *self._transcript.token_ids]
         target = self._workspace.target
@@ -147,7 +161,7 @@ class Turn:
             # Long prompts are read in chunks, a step each. The last token of each chunk is read again by the next,
             # because a pass leaves it pending; what is left fits into the first round.
             for end in range(target.common_prefix(context) + PREFILL_CHUNK, len(context), PREFILL_CHUNK - 1):
-                target.prefill(context[:end])
+                yield from ask(Pass(target, DraftTree.root(context[end - 1]), context[:end]))
                 yield None
         width = 1 if self._lean else self._width
         decoder = Decoder(
@@ -159,7 +173,7 @@ class Turn:
             prefill_drafts=not self._options.exact,
         )
         limit = self._limit - len(self._transcript.token_ids)
-        yield from decoder.rounds(context, self._sampler, limit=limit, end_token_ids=self._end_token_ids)
+        yield from decoder.steps(context, self._sampler, limit=limit, end_token_ids=self._end_token_ids)
 
     @property
     def _width(self) -> int | None:
@@ -224,8 +238,8 @@ class Turn:
 
     def _pass_seconds(self) -> Callable[[], float | None]:
         # Not through `self`: a turn in a cycle would hold on to keys and values until the garbage collector comes.
-        times = self._prepared.pass_times
-        return lambda: times.one
+        times, packer = self._prepared.pass_times, self._prepared.packer
+        return lambda: times.one if packer is None else packer.seconds
 
     def _draft_model_of(
         self, target: TargetModel, names: Sequence[str], text: RunningText, read: Sequence[PhrasePool]

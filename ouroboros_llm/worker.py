@@ -14,6 +14,7 @@ from typing import Any
 from .errors import OuroborosError, QueueFullError, RequestTimeoutError
 from .lifetimes import watch
 from .request import End, Request, nothing
+from .target.base import Pass
 
 MAX_ACTIVE, MAX_WAITING = 16, 1024
 """Requests that take turns, and further ones that wait for a place among them."""
@@ -122,7 +123,7 @@ class Worker:
             request = self._active[0]
             self._active.rotate(-1)
             if request.ready:
-                self._step(request)
+                self._round(request)
                 return True
         return False
 
@@ -164,14 +165,40 @@ class Worker:
             elif request.late(now):
                 self._drop(request, RequestTimeoutError(request.timeout or 0.0, waiting=request in self._waiting))
 
-    def _step(self, request: Request[Any]) -> None:
+    def _round(self, request: Request[Any]) -> None:
+        """One step of a request, and of those others whose passes are made in one with its own."""
+        if request.asked is None:
+            self._step(request)
+        if request.asked is None:
+            return
+        if (packer := request.asked.packer) is None:
+            return self._step(request, begun=True)
+        others = [other for other in self._active if other is not request and other.ready and not other.closed]
+        for other in others:
+            if other.shares and other.asked is None:
+                self._step(other)
+        standing = {one.asked: one for one in (request, *others) if one.asked and one.asked.packer is packer}
+        made = packer.make(list(standing))
+        for wanted, logits in made.items():
+            self._step(standing[wanted], logits, begun=True)
+        # Each of them has had its turn.
+        had = {standing[wanted] for wanted in made}
+        self._active = deque(sorted(self._active, key=had.__contains__))
+
+    def _step(self, request: Request[Any], logits: Any = None, *, begun: bool = False) -> None:
+        """Let a request go on to the end of its step, or until it wants a pass that others may share."""
+        request.asked = None
         try:
-            item = next(request.steps)
+            item = request.steps.send(logits)
         except StopIteration as end:
             self._finish(request, end.value, None)
         except BaseException as error:
             self._finish(request, None, error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
         else:
+            if isinstance(item, Pass):
+                request.asked, request.shares = item, True
+                return
+            request.shares = request.shares and begun
             request.bring(item)
 
     def _drop(self, request: Request[Any], error: BaseException | None) -> None:
@@ -186,7 +213,7 @@ class Worker:
         for requests in (self._active, self._waiting):
             with suppress(ValueError):
                 requests.remove(request)
-        request.steps = nothing()
+        request.steps, request.asked = nothing(), None
         if request.after is None:
             return self._end(request, last, error)
         if self._afterwards is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from langchain_core.language_models.llms import BaseLLM
 from langchain_core.messages import BaseMessage, get_buffer_string
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import ContextThreadPoolExecutor
 from typing_extensions import override
 
 from ouroboros_llm import OptionError, Piece, Usage
@@ -20,6 +22,9 @@ from ouroboros_llm import OptionError, Piece, Usage
 from ._base import OuroborosFields
 
 _Manager = TypeVar("_Manager")
+
+_AT_ONCE = 32
+"""Prompts of one call that are answered at once: what of them the model reads together it reads in one pass."""
 
 _RUN_ARGUMENTS = frozenset({"tags", "metadata", "run_name", "run_id"})
 
@@ -142,8 +147,12 @@ class OuroborosLLM(OuroborosFields, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         call = self._for_call(kwargs)
-        runs = zip(prompts, call._listeners(run_manager, len(prompts)), strict=True)
-        return call._llm_result([_join(list(call._stream(prompt, stop, manager))) for prompt, manager in runs])
+
+        def answer(prompt: str, manager: CallbackManagerForLLMRun | None) -> Generation:
+            return _join(list(call._stream(prompt, stop, manager)))
+
+        listeners = call._listeners(run_manager, len(prompts))
+        return call._llm_result(_at_once(answer, prompts, listeners))
 
     @override
     async def _agenerate(
@@ -153,11 +162,19 @@ class OuroborosLLM(OuroborosFields, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        call = self._for_call(kwargs)
+        call, places = self._for_call(kwargs), asyncio.Semaphore(_AT_ONCE)
+
+        async def answer(prompt: str, manager: AsyncCallbackManagerForLLMRun | None) -> Generation:
+            async with places:
+                return _join([chunk async for chunk in call._astream(prompt, stop, manager)])
+
         runs = zip(prompts, call._listeners(run_manager, len(prompts)), strict=True)
-        return call._llm_result(
-            [_join([chunk async for chunk in call._astream(prompt, stop, manager)]) for prompt, manager in runs]
-        )
+        answers = [asyncio.ensure_future(answer(*run)) for run in runs]
+        try:
+            return call._llm_result(await asyncio.gather(*answers))
+        finally:
+            for task in answers:
+                task.cancel()
 
     @override
     def _stream(
@@ -213,6 +230,21 @@ class OuroborosLLM(OuroborosFields, BaseLLM):
         if tools:
             raise OptionError("tools must be None for a text model; ChatOuroboros counts them")
         return self.get_num_tokens(get_buffer_string(messages))
+
+
+def _at_once(
+    answer: Callable[[str, CallbackManagerForLLMRun | None], Generation],
+    prompts: Sequence[str],
+    listeners: Sequence[CallbackManagerForLLMRun | None],
+) -> list[Generation]:
+    if len(prompts) == 1:
+        return [answer(prompts[0], listeners[0])]
+    pool = ContextThreadPoolExecutor(_AT_ONCE, thread_name_prefix="ouroboros-prompts")
+    try:
+        return list(pool.map(answer, prompts, listeners))
+    finally:
+        # After an error nobody waits for the others.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _join(chunks: Sequence[GenerationChunk]) -> Generation:

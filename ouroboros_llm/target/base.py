@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from ..draft_tree import DraftTree
 
 if TYPE_CHECKING:
     import torch
+
+    from .packing import Packer
 
 Branching = Literal["tree", "chain", "none"]
 """What one pass can verify: any draft, a draft without branches, or none."""
@@ -88,3 +91,35 @@ class KeptTarget(TargetModel, Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values and other states, spare room included."""
+
+
+@dataclass(eq=False, slots=True)
+class Pass:
+    """One forward pass that is wanted of a target: `verify`, or `prefill` where there is a text to read."""
+
+    target: TargetModel
+    draft: DraftTree
+    text: Sequence[int] | None = None
+    before: int = 0
+    """As for `prefill`."""
+    seconds: float = 0.0
+    """What the pass took, where it was made together with others."""
+
+    @property
+    def packer(self) -> Packer | None:
+        """Makes it together with other passes of the same model; None where it can only be made alone."""
+        # Not in the protocol: targets that know nothing of packing are made alone.
+        packer: Packer | None = getattr(self.target, "packer", None)
+        return packer
+
+    def make(self) -> torch.Tensor:
+        """Make it alone; logits as `verify` and `prefill` return them."""
+        if self.text is None:
+            return self.target.verify(self.draft)
+        return self.target.prefill(self.text, self.draft, self.before)
+
+
+def ask(wanted: Pass) -> Generator[Pass, torch.Tensor | None, torch.Tensor]:
+    """The logits of a pass that whoever is asked may make, together with others; who sends None has it made here."""
+    logits = yield wanted
+    return wanted.make() if logits is None else logits

@@ -8,12 +8,13 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..draft_tree import DraftTree
 from .base import Branching
 from .cache import RewindableCache, cache_for
 from .masks import tree_masks
+from .packing import Packer
 from .pass_times import PassTimes
 
 PREFILL_CHUNK = 512
@@ -50,13 +51,16 @@ class EagerTarget:
         *,
         marks: bool = False,
         cache: RewindableCache | None = None,
+        packer: Packer | None = None,
     ) -> None:
         """`branching` is what `probe` found; `pass_times` is shared by all targets of one model; `marks`: keep what it
-        takes to come back to the end of a prompt, where a cache cannot go back anyway."""
+        takes to come back to the end of a prompt, where a cache cannot go back anyway; `packer`: makes passes of
+        several targets in one, if the model can be asked for that."""
         self.model, self.branching = model, branching
         self.marks, self._marked = marks, True
         self.config: Any = model.config.get_text_config(decoder=True)
         self.pass_times = pass_times or PassTimes(kind_of(model))
+        self.packer = packer
         self.cache: RewindableCache = cache_for(self.config) if cache is None else cache
         self.token_ids: list[int] = []
         self._pending: tuple[int, ...] = ()
@@ -69,21 +73,33 @@ class EagerTarget:
         return self.branching if self.cache.can_rewind else "none"
 
     def prefill(self, token_ids: Sequence[int], draft: DraftTree | None = None, before: int = 0) -> torch.Tensor:
-        self.rewind(self.common_prefix(token_ids))
         chunk = PREFILL_CHUNK if self.cache.can_rewind else len(token_ids)
         draft = draft or DraftTree.root(token_ids[-1])
-        # Whatever happens in a pass, it is known from here on that the states may be ahead of the text.
-        self._pending, self._marked = draft.token_ids, not self.marks
-        while len(unread := token_ids[len(self.token_ids) : -1]) > chunk:
+        unread = self.begin(draft, token_ids)
+        while len(unread) > chunk:
             self._forward(DraftTree.chain(unread[:chunk]), logits_to_keep=1)
             self.token_ids += unread[:chunk]
+            unread = unread[chunk:]
+        began = perf_counter()
         logits = self._forward(draft.behind(unread), logits_to_keep=min(before, len(unread)) + draft.width)
         self.token_ids += unread
+        if self.packer is not None:
+            self.packer.saw_alone(logits, len(unread) + draft.width, len(self.token_ids) + draft.width, began)
         return logits
+
+    def begin(self, draft: DraftTree, text: Sequence[int] | None = None) -> Sequence[int]:
+        """Get ready for a pass over `draft`; of `text`, which ends at its root, the tokens before the root that are
+        still to be read."""
+        if text is not None:
+            self.rewind(self.common_prefix(text))
+            self._marked = not self.marks
+        # Whatever happens in a pass, it is known from here on that the states may be ahead of the text.
+        self._pending = draft.token_ids
+        return () if text is None else text[len(self.token_ids) : -1]
 
     def verify(self, draft: DraftTree) -> torch.Tensor:
         began = perf_counter()
-        self._pending = draft.token_ids
+        self.begin(draft)
         logits = self._forward(draft)
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
@@ -105,7 +121,7 @@ class EagerTarget:
         self._pending = ()
 
     def cost(self, width: int) -> float:
-        return self.pass_times.cost(width)
+        return self.pass_times.cost(width) if self.packer is None else self.packer.cost(width)
 
     @property
     def can_rewind(self) -> bool:
@@ -123,7 +139,12 @@ class EagerTarget:
 
     def fork(self, length: int) -> EagerTarget:
         other = EagerTarget(
-            self.model, self.branching, self.pass_times, marks=self.marks, cache=self.cache.copy(length)
+            self.model,
+            self.branching,
+            self.pass_times,
+            marks=self.marks,
+            cache=self.cache.copy(length),
+            packer=self.packer,
         )
         other.token_ids = self.token_ids[:length]
         return other
@@ -136,23 +157,42 @@ class EagerTarget:
     def nbytes(self) -> int:
         return self.cache.nbytes
 
-    @torch.inference_mode()
     def _forward(self, draft: DraftTree, logits_to_keep: int = 0) -> torch.Tensor:
         """One pass over `draft` behind the committed text; logits [width, vocabulary], or of the last so many nodes."""
-        device, start = self.model.device, len(self.token_ids)
+        logits = self.read([(draft, len(self.token_ids))], self.cache.states, logits_to_keep or None)
+        return logits[-logits_to_keep:] if logits_to_keep else logits
+
+    @torch.inference_mode()
+    def read(
+        self, rows: Sequence[tuple[DraftTree, int]], states: Cache, wanted: int | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One pass over drafts, each behind so many committed tokens of a text of its own.
+
+        Args:
+            states: the keys and values of all these texts.
+            wanted: places of the nodes whose logits are wanted, or how many of the last ones; None: all. Models that do
+                not know how to leave some out may return more where this is a number.
+
+        Returns:
+            Logits [nodes, vocabulary].
+        """
+        device = self.model.device
         # An id outside the vocabulary cannot be looked up. The target never chooses one, so any stand-in is right.
-        ids = torch.tensor([draft.token_ids], device=device)
+        ids = torch.tensor([[token_id for draft, _ in rows for token_id in draft.token_ids]], device=device)
         ids = torch.where(ids < self._vocabulary, ids, 0)
-        mask = None if draft.is_chain else tree_masks(draft, start, self.config, device, self.model.dtype)
-        kept = {"logits_to_keep": logits_to_keep} if self._keeps_logits else {}
+        positions = [length + depth for draft, length in rows for depth in draft.depths]
+        plain = len(rows) == 1 and rows[0][0].is_chain
+        if isinstance(wanted, torch.Tensor):
+            wanted = wanted.to(device)
+        kept = {"logits_to_keep": wanted} if self._keeps_logits and wanted is not None else {}
         output = self.model(
             input_ids=ids,
-            position_ids=torch.tensor([draft.depths], device=device) + start,
-            attention_mask=mask,
-            past_key_values=self.cache.states,
+            position_ids=torch.tensor([positions], device=device),
+            attention_mask=None if plain else tree_masks(rows, self.config, device, self.model.dtype),
+            past_key_values=states,
             use_cache=True,
             return_dict=True,
             **kept,
         )
         logits: torch.Tensor = output.logits[0]
-        return logits[-logits_to_keep:] if logits_to_keep else logits
+        return logits[wanted] if isinstance(wanted, torch.Tensor) and not kept else logits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,28 +18,37 @@ _OWN_WINDOWS = ("attention_types", "window_size", "local_attention", "attention_
 
 
 def tree_masks(
-    draft: DraftTree, length: int, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
+    rows: Sequence[tuple[DraftTree, int]], config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor | dict[str, torch.Tensor]:
-    """The attention mask of a pass over `draft` behind `length` committed tokens.
+    """The attention mask of a pass over drafts, each behind so many committed tokens of a text of its own.
 
-    [1, 1, width, length + width] for models whose layers are alike, else one such mask per layer type. Boolean for
-    scaled dot product attention; for the library's eager attention, which adds its mask to the scores, a float one.
+    [1, 1, width, length + width] for models whose layers are alike, else one such mask per layer type, width and length
+    being sums over `rows`: no text sees another. Boolean for scaled dot product attention; for the library's eager
+    attention, which adds its mask to the scores, a float one.
     """
-    kinds = _layer_kinds(config)
+    # Several texts take many small steps, which an accelerator would be slower to begin than to do.
+    where = device if len(rows) == 1 else torch.device("cpu")
+    masks: dict[str, torch.Tensor] = {}
+    for kind, sees in _layer_kinds(config).items():
+        seen: torch.Tensor = torch.block_diag(*(_seen(*row, sees, where) for row in rows))  # type: ignore[no-untyped-call]
+        masks[kind] = _as_scores(seen, config, dtype).to(device)[None, None]
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _seen(draft: DraftTree, length: int, sees: _Sees, device: torch.device) -> torch.Tensor:
+    """[width, length + width]: whether the row's node sees the column's token."""
     positions = torch.tensor(draft.depths, device=device) + length
     keys = torch.cat([torch.arange(length, device=device), positions])
     lineage = torch.ones(draft.width, length + draft.width, dtype=torch.bool, device=device)
     lineage[:, length:] = torch.from_numpy(draft.ancestor_mask).to(device)
-    additive = _attention_of(config) == "eager"
+    return lineage & sees(positions[:, None], keys[None, :])
 
-    def mask(sees: _Sees) -> torch.Tensor:
-        seen = (lineage & sees(positions[:, None], keys[None, :]))[None, None]
-        if not additive:
-            return seen
-        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
 
-    masks = {kind: mask(sees) for kind, sees in kinds.items()}
-    return masks if len(masks) > 1 else next(iter(masks.values()))
+def _as_scores(seen: torch.Tensor, config: PreTrainedConfig, dtype: torch.dtype) -> torch.Tensor:
+    """A mask as the model's attention wants it."""
+    if _attention_of(config) != "eager":
+        return seen
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def takes_masks(config: PreTrainedConfig) -> bool:

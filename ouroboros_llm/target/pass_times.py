@@ -48,8 +48,17 @@ class PassTimes:
         self._costs = self._table()
 
     def cost(self, width: int) -> float:
-        """Time of a pass over `width` tokens in units of a pass over one; linear between knots, never falling."""
-        return self._costs[min(width, WIDTHS[-1])]
+        """Time of a pass over `width` tokens in units of a pass over one; linear between knots and beyond the last,
+        never falling."""
+        if width <= WIDTHS[-1]:
+            return self._costs[width]
+        slope = (self._costs[WIDTHS[-1]] - self._costs[WIDTHS[-2]]) / (WIDTHS[-1] - WIDTHS[-2])
+        return self._costs[WIDTHS[-1]] + slope * (width - WIDTHS[-1])
+
+    def follow(self, surprise: float) -> None:
+        """Let the pace follow a pass of another kind that took `exp(surprise)` times what was expected."""
+        if self._pace is not None:
+            self._pace += _clipped(surprise, _PACE_STEP)
 
     @property
     def one(self) -> float | None:

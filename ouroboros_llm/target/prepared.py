@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from ..draft_tree import DraftTree
 from .base import KeptTarget
 from .eager import EagerTarget, kind_of
+from .packing import Packer
 from .pass_times import PassTimes
 from .probe import Probe, probe
 from .stepwise import StepwiseTarget
@@ -30,6 +32,8 @@ class PreparedModel:
     lock: threading.RLock
     fingerprint: str
     """Tells models apart whose choices differ; opaque."""
+    packer: Packer | None = None
+    """Makes passes of several texts in one; None where the model cannot take that."""
 
     @property
     def context_length(self) -> int | None:
@@ -41,11 +45,13 @@ class PreparedModel:
         """A target that has read nothing yet; `marks`: it will be asked to come back to the end of a prompt."""
         if self.probe.branching == "none":
             return StepwiseTarget(self.model, self.probe.continues, marks=marks)
-        return EagerTarget(self.model, self.probe.branching, self.pass_times, marks=marks)
+        return EagerTarget(self.model, self.probe.branching, self.pass_times, marks=marks, packer=self.packer)
 
 
 # The values must not hold the model, or it would never be freed.
-_known: WeakKeyDictionary[PreTrainedModel, tuple[object, Probe, PassTimes, threading.RLock, str]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[PreTrainedModel, tuple[object, Any]] = WeakKeyDictionary()
+"""The state that a model was prepared in, and the fields of its `PreparedModel` behind the first."""
+
 _times: dict[tuple[object, ...], PassTimes] = {}
 """By model, device, dtype and threads: what was measured holds for a copy that is loaded later."""
 
@@ -66,8 +72,9 @@ def prepare(model: PreTrainedModel) -> PreparedModel:
             times = _times.setdefault((mark, *map(str, state), torch.get_num_threads()), PassTimes(kind_of(model)))
             if found.branching != "none":
                 _time(EagerTarget(model, found.branching, times))
-            _known[model] = (state, found, times, threading.RLock(), mark)
-        return PreparedModel(model, *_known[model][1:])
+            lock = threading.RLock()
+            _known[model] = (state, (found, times, lock, mark, Packer(times, lock) if found.packs else None))
+        return PreparedModel(model, *_known[model][1])
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
 
 from ..draft_tree import DraftTree
-from .base import Branching
+from .base import Branching, Pass
 from .eager import EagerTarget, vocabulary_size
 from .masks import takes_masks
+from .packing import Packer, can_pack
+from .pass_times import PassTimes
 from .stepwise import StepwiseTarget
 
 _TEXT = (5, 9, 2, 7, 3, 9, 4, 8)
@@ -32,6 +35,8 @@ class Probe:
     """Two logits closer than this may change places between a wide pass and a pass over one token."""
     continues: bool = True
     """Whether a pass over many tokens goes on from the state of a text rightly."""
+    packs: bool = False
+    """Whether one pass can be made over several texts."""
 
 
 def probe(model: PreTrainedModel) -> Probe:
@@ -48,7 +53,7 @@ def probe(model: PreTrainedModel) -> Probe:
     for branching in kinds:
         error, near, scale = _errors(model, _TREE if branching == "tree" else _TREE.main_chain(), branching)
         if error <= scale * _tolerance(model):
-            return Probe(branching, 2 * near)
+            return Probe(branching, 2 * near, packs=branching == "tree" and _packs(model, scale))
     return _undrafted(model)
 
 
@@ -106,6 +111,41 @@ def _errors(model: PreTrainedModel, draft: DraftTree, branching: Branching) -> t
     likeliest = torch.cat([plain, plain[2:3]]).topk(min(8, plain.shape[-1])).indices
     near = differences.gather(-1, likeliest).max()
     return float(differences.max()), float(near), float(plain.abs().max())
+
+
+def _packs(model: PreTrainedModel, scale: float) -> bool:
+    """Whether a pass over several texts, at different places, gives what passes over each alone do."""
+    if not can_pack(model.config.get_text_config(decoder=True)):
+        return False
+    together, alone = _texts(model), _texts(model)
+    try:
+        packer = Packer(PassTimes(""), threading.RLock())
+        for _ in range(2):
+            # The second time behind what the first has left.
+            logits = torch.cat(packer.together(together))
+            wanted = torch.cat([one.make() for one in alone])
+            if not float((logits - wanted).abs().nan_to_num(float("inf")).max()) <= scale * _tolerance(model):
+                return False
+            for one in (*together, *alone):
+                one.target.keep((0,))
+                one.text = None
+    except _FAILURES:
+        return False
+    return True
+
+
+def _texts(model: PreTrainedModel) -> list[Pass]:
+    """Passes over a tree, over one token and over a prompt."""
+    tree = replace(_TREE, token_ids=tuple(_tokens(model, _TREE.token_ids)))
+    text = _tokens(model, _LONG[:24])
+    root = DraftTree.root(text[-1])
+    prompt = Pass(EagerTarget(model, "tree"), root, text, 3)
+    return [
+        Pass(_read(model, "tree"), tree),
+        Pass(_read(model, "tree"), root),
+        prompt,
+        Pass(_read(model, "tree"), tree),
+    ]
 
 
 def _step_by_step(model: PreTrainedModel, token_ids: list[int]) -> list[torch.Tensor]:

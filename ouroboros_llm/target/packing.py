@@ -1,0 +1,211 @@
+"""Passes of several texts made as one: the weights, which are most of what a pass reads, are read once for all.
+
+The drafts lie behind one another as a single sequence. Every node keeps the position in its own text, and the mask lets
+it see that text and its own ancestors alone. Each text's keys and values stay in the buffers of its own target.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from ..draft_tree import MAX_WIDTH, DraftTree
+from .base import Pass
+from .cache import SlotLayer
+from .pack_times import PackTimes
+from .pass_times import PassTimes
+
+if TYPE_CHECKING:
+    from .eager import EagerTarget
+
+PACK_TOKENS = 512
+"""Tokens of a pass that is made for several texts: as many as of a chunk of one prompt."""
+
+_OWN_POSITIONS = ("attn_temperature_tuning",)
+_BY_LONGEST = ("dynamic", "longrope")
+
+
+def can_pack(config: Any) -> bool:
+    """Whether nothing in a model depends on where in a pass a token stands, rather than on its position.
+
+    Rotary angles that follow the longest text of a pass would make one text depend on another; a probe over short
+    texts would not reach them.
+    """
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return not any(getattr(config, name, None) for name in _OWN_POSITIONS) and not any(
+        kind in str(rope) for kind in _BY_LONGEST
+    )
+
+
+class Packer:
+    """Decides which passes of one model are made together, by measured times, and makes them."""
+
+    def __init__(self, times: PassTimes, lock: threading.RLock) -> None:
+        """`lock`: lets one pass at a time run on the model."""
+        self.lock, self.times = lock, PackTimes(times)
+        self.members = 1
+        """Passes that are made in one at the moment: every draft has to do with that share of it."""
+
+    def cost(self, width: int) -> float:
+        """What a draft costs beside those of the other members, if theirs are as wide, in units of no drafts at all."""
+        if self.members == 1:
+            return self.times.alone(width)
+        return self.times.alone(self.members * width) / self.times.alone(self.members)
+
+    @property
+    def seconds(self) -> float | None:
+        """A member's share of a pass without drafts; None before any pass."""
+        one = self.times.one
+        return None if one is None else one * self.times.alone(self.members) / self.members
+
+    def make(self, wanted: Sequence[Pass]) -> dict[Pass, torch.Tensor | None]:
+        """The logits of the first of `wanted`, and of the others that are made with it.
+
+        None stands for a pass that is to be made alone: no other goes with it, or something failed, and its maker is
+        to hear of that by itself.
+        """
+        chosen = self._chosen(wanted)
+        self.members = len(chosen)
+        if len(chosen) == 1:
+            return {chosen[0]: None}
+        try:
+            return dict(zip(chosen, self.together(chosen), strict=True))
+        except Exception:
+            self.times.failed(*_sum(map(_size, chosen)))
+            return dict.fromkeys(chosen)
+
+    def together(self, passes: Sequence[Pass]) -> list[torch.Tensor]:
+        """The logits of each pass, all made in one. Where that raises, every target is as it was."""
+        targets: list[Any] = [wanted.target for wanted in passes]
+        size = _sum(map(_size, passes))
+        with self.lock:
+            began = perf_counter()
+            try:
+                logits = _forward(targets, passes)
+            except BaseException:
+                for target in targets:
+                    target.rewind(len(target.token_ids))
+                raise
+            _wait_for(logits[0])
+            seconds = perf_counter() - began
+            self.times.add(*size, seconds)
+        for wanted in passes:
+            wanted.seconds = seconds
+        return logits
+
+    def saw_alone(self, logits: torch.Tensor, tokens: int, keys: int, began: float) -> None:
+        """Take note of a pass over a part of a prompt; `tokens` of it were read in sight of `keys`."""
+        if tokens > MAX_WIDTH:
+            _wait_for(logits)
+            self.times.add(1, tokens, keys, perf_counter() - began)
+
+    def _chosen(self, wanted: Sequence[Pass]) -> Sequence[Pass]:
+        """The first of `wanted` and as many others as promise to save most time, narrow ones first."""
+        first, *others = [(_size(one), one) for one in wanted]
+        order = [first, *sorted(others, key=lambda other: other[0].tokens)]
+        alone, best, most, total = 0.0, 1, 0.0, NOTHING
+        for size, _ in order:
+            if total.passes and total.tokens + size.tokens > PACK_TOKENS:
+                break
+            alone, total = alone + self.times.cost(*size), _sum((total, size))
+            if (saved := alone - self.times.cost(*total)) > most:
+                best, most = total.passes, saved
+        if best < total.passes:
+            self.times.declined(*total)
+        return [one for _, one in order[:best]]
+
+
+class Size(NamedTuple):
+    """Of one or several passes."""
+
+    passes: int
+    tokens: int
+    """That they read."""
+    keys: int
+    """Tokens that these see."""
+
+
+NOTHING = Size(0, 0, 0)
+
+
+def _size(wanted: Pass) -> Size:
+    target, width = wanted.target, wanted.draft.width
+    if wanted.text is None:
+        return Size(1, width, len(target.token_ids) + width)
+    before = len(wanted.text) - 1
+    known: int = target.common_prefix(wanted.text)  # type: ignore[attr-defined]  # what can be packed can do that
+    return Size(1, before - known + width, before + width)
+
+
+def _sum(sizes: Iterable[Size]) -> Size:
+    return Size(*map(sum, zip(NOTHING, *sizes, strict=True)))
+
+
+@torch.inference_mode()
+def _forward(targets: Sequence[EagerTarget], passes: Sequence[Pass]) -> list[torch.Tensor]:
+    unread = [target.begin(wanted.draft, wanted.text) for target, wanted in zip(targets, passes, strict=True)]
+    drafts = [wanted.draft.behind(before) for wanted, before in zip(passes, unread, strict=True)]
+    wanted_rows = [
+        min(wanted.before, len(before)) + wanted.draft.width for wanted, before in zip(passes, unread, strict=True)
+    ]
+    rows = [(draft, len(target.token_ids)) for draft, target in zip(drafts, targets, strict=True)]
+    logits = targets[0].read(rows, _shared(targets, drafts), _last_of_each([row.width for row in drafts], wanted_rows))
+    for target, before in zip(targets, unread, strict=True):
+        target.token_ids += before
+    return list(torch.split(logits, wanted_rows))
+
+
+def _last_of_each(widths: Sequence[int], wanted: Sequence[int]) -> torch.Tensor | None:
+    """The places of the last `wanted` nodes of each draft; None where they are all."""
+    if sum(widths) == sum(wanted):
+        return None
+    ends = torch.tensor(widths).cumsum(0).tolist()
+    return torch.cat([torch.arange(end - count, end) for end, count in zip(ends, wanted, strict=True)])
+
+
+def _shared(targets: Sequence[EagerTarget], drafts: Sequence[DraftTree]) -> Cache:
+    """A cache whose layers are those of all targets."""
+    widths = [draft.width for draft in drafts]
+    layers = zip(*(target.cache.states.layers for target in targets), strict=True)
+    return Cache(layers=[PackedLayer(own, widths) for own in layers])
+
+
+class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the library's hook is not typed
+    """One layer of several texts for the length of a pass: writes to each its own part, shows all of them."""
+
+    is_compileable, is_sliding, is_croppable = False, False, False
+
+    def __init__(self, layers: Sequence[SlotLayer], widths: Sequence[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._layers, self._widths, self.is_initialized = layers, list(widths), True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Every text's own layer does that."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        new = (torch.split(states, self._widths, 2) for states in (key_states, value_states))
+        parts = zip(self._layers, *new, strict=True)
+        keys, values = zip(*(layer.update(*part) for layer, *part in parts), strict=True)
+        return torch.cat(keys, 2), torch.cat(values, 2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return sum(layer.length for layer in self._layers)
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _wait_for(logits: torch.Tensor) -> None:
+    if logits.is_cuda:
+        torch.cuda.synchronize(logits.device)
