@@ -47,7 +47,7 @@ def save(path: str | Path, workspaces: Sequence[Workspace], expected: Mapping[st
     """Write what the workspaces' targets hold; the number of tokens. What draft models have read is not written.
 
     Raises:
-        SnapshotError: nothing to write, or states that are not kept by position.
+        SnapshotError: nothing to write, states that are not kept by position, or a path that cannot be written.
     """
     targets = [workspace.target for workspace in workspaces if workspace.length]
     if not targets:
@@ -62,7 +62,11 @@ def save(path: str | Path, workspaces: Sequence[Workspace], expected: Mapping[st
         tensors[f"{number}.token_ids"] = torch.tensor(target.token_ids)
         parts = target.cache.unload(len(target.token_ids))
         tensors.update({f"{number}.{name}": tensor for name, tensor in parts.items()})
-    _write(Path(path), tensors, {**expected, "digest": _digest(tensors)})
+    try:
+        _write(Path(path), tensors, {**expected, "digest": _digest(tensors)})
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SnapshotError(f"the session cannot be written to {str(path)!r}: {reason}") from error
     return sum(len(target.token_ids) for target in targets)
 
 

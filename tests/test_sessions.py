@@ -712,3 +712,11 @@ def test_cutting_frees_memory() -> None:
     assert list(target.token_ids) == SYSTEM[:40]
     wanted = prepare(tiny_model()).start().prefill([*SYSTEM[:40], 7])
     assert torch.allclose(target.prefill([*SYSTEM[:40], 7]), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", [".", "nowhere/session"])
+def test_what_cannot_be_written_is_said(tiny_ouroboros: Ouroboros, path: str, tmp_path: Path) -> None:
+    tiny_ouroboros.generate("abc", scope="c", options=DecodingOptions(max_new_tokens=4))
+    with pytest.raises(SnapshotError, match="the session cannot be written to"):
+        tiny_ouroboros.save_session("c", tmp_path / path)
+    assert list(tmp_path.iterdir()) == []

@@ -685,3 +685,18 @@ def test_a_flush_within_another_use_of_the_database_is_left_for_later(url: str) 
         assert store._ask(collected, write=True) == 1
         store.flush()
         assert store.stats().waiting == 0 and counts(url, "a") == {(1, 2, 3): 1}
+
+
+def test_a_lone_name_is_no_collection_of_names(url: str) -> None:
+    with pytest.raises(OptionError, match=r"ephemeral must be a sequence of scopes.* write \['conversation:42'\]"):
+        PhraseStore(url, ephemeral="conversation:42")
+
+
+def test_odd_values_are_errors_of_ours(url: str) -> None:
+    remember(url, "a", [1, 2, 3])
+    with PhraseStore(url) as store:
+        with pytest.raises(OptionError, match="sources must name at least one scope"):
+            store.merge([], "b")
+        with pytest.raises(OptionError, match="token_ids must be whole numbers"):
+            store.open("a", fingerprint="f").add([[1, 2, 3]])  # type: ignore[list-item]
+        assert store.prune(max_age=timedelta.max) == 0

@@ -39,4 +39,5 @@ def _before(max_age: object) -> int:
     age = max_age.total_seconds() if isinstance(max_age, timedelta) else max_age
     if isinstance(age, bool) or not isinstance(age, int | float) or not 0 <= age < float("inf"):
         raise OptionError(f"max_age must be a timedelta or seconds, at least 0, but got {max_age!r}")
-    return time_ns() // 1000 - int(age * 1_000_000)
+    # Older than 1970 is nothing.
+    return max(0, time_ns() // 1000 - int(age * 1_000_000))

@@ -105,7 +105,7 @@ def encode(token_ids: Sequence[int]) -> bytes:
     """Token ids as unsigned 32-bit little-endian integers. OptionError where one does not fit."""
     try:
         return struct.pack(f"<{len(token_ids)}I", *token_ids)
-    except struct.error:
+    except (struct.error, TypeError):
         wrong = next((t for t in token_ids if not isinstance(t, int) or not 0 <= t < 1 << 32), token_ids)
         raise OptionError(f"token_ids must be whole numbers from 0 to {(1 << 32) - 1}, but got {wrong!r:.80}") from None
 

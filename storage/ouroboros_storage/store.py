@@ -82,7 +82,7 @@ class PhraseStore:
         self._closed = False
         self._database = Database(url_or_engine, create=create, on_loss=self._leave_file)
         self._outage = Outage(self._database.name)
-        self._writer = Writer(self._database, self._outage, Quotas(scope_quota, quota), check_scopes(tuple(ephemeral)))
+        self._writer = Writer(self._database, self._outage, Quotas(scope_quota, quota), _checked_names(ephemeral))
         self._pools = Pools(
             self._database,
             self._writer,
@@ -192,6 +192,8 @@ class PhraseStore:
         The sources stay. Raises StoreError where one is not in the database; then nothing was done.
         """
         names = [sources] if isinstance(sources, str) else list(sources)
+        if not names:
+            raise OptionError("sources must name at least one scope, but there is none")
         if target in names:
             raise OptionError(f"target must be another scope than the sources, but got {target!r} among them")
         return self._change(
@@ -390,6 +392,10 @@ class PhraseStore:
     def _check_open(self) -> None:
         if self._closed:
             raise StoreError(f"store {self._database.name} is closed; open a new PhraseStore")
+
+
+def _checked_names(scopes: Collection[str]) -> list[str]:
+    return check_scopes(scopes if isinstance(scopes, str) else tuple(scopes), "ephemeral")
 
 
 _stores: WeakSet[PhraseStore] = WeakSet()
