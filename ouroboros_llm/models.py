@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -112,6 +113,20 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # broken files make the tokenizers' own code raise anything
         raise ModelError(f"the tokenizer in {folder} cannot be loaded: {str(error).partition(chr(10))[0]}") from error
     raise ModelError(f"no tokenizer of {str(name)!r} is on this machine, and none is fetched here; load the model once")
+
+
+def local_context_length(name: str | Path) -> int | None:
+    """Tokens that a model's context holds, from files that are on this machine already; None where they do not say."""
+    folder = _local(str(name))
+    try:
+        config = json.loads((folder / "config.json").read_text()) if folder is not None else {}
+    except (OSError, ValueError):
+        return None
+    for settings in (config, config.get("text_config") or {}):
+        for key in ("max_position_embeddings", "n_positions"):
+            if isinstance(settings.get(key), int):
+                return int(settings[key])
+    return None
 
 
 def _local(name: str) -> Path | None:

@@ -151,9 +151,19 @@ class Ouroboros:
         read_scopes: Sequence[str] = (),
         options: DecodingOptions | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        write_scopes: Sequence[str] = (),
+        kept_tokens: Mapping[int, str] | None = None,
     ) -> GenerationResult:
         """Answer a prompt. See `stream` for the arguments and errors."""
-        stream = self.stream(prompt, scope=scope, read_scopes=read_scopes, options=options, tools=tools)
+        stream = self.stream(
+            prompt,
+            scope=scope,
+            read_scopes=read_scopes,
+            options=options,
+            tools=tools,
+            write_scopes=write_scopes,
+            kept_tokens=kept_tokens,
+        )
         with stream.whole() as pieces:
             (last,) = pieces
         assert last.result is not None  # the last piece always carries it
@@ -200,11 +210,21 @@ class Ouroboros:
         read_scopes: Sequence[str] = (),
         options: DecodingOptions | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        write_scopes: Sequence[str] = (),
+        kept_tokens: Mapping[int, str] | None = None,
     ) -> GenerationResult:
         """As `generate`, for an event loop. Cancelling the task ends the decoding within one round."""
 
         def start() -> Stream:
-            return self.stream(prompt, scope=scope, read_scopes=read_scopes, options=options, tools=tools).whole()
+            return self.stream(
+                prompt,
+                scope=scope,
+                read_scopes=read_scopes,
+                options=options,
+                tools=tools,
+                write_scopes=write_scopes,
+                kept_tokens=kept_tokens,
+            ).whole()
 
         async with aclosing(off_the_loop(start)) as pieces:
             last = await anext(pieces)
@@ -219,6 +239,8 @@ class Ouroboros:
         read_scopes: Sequence[str] = (),
         options: DecodingOptions | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        write_scopes: Sequence[str] = (),
+        kept_tokens: Mapping[int, str] | None = None,
     ) -> Stream:
         """Answer a prompt in pieces: together their texts are `generate(...).text`; the last carries the result.
 
@@ -228,6 +250,8 @@ class Ouroboros:
             read_scopes: further scopes to read, in order. Nothing else is ever read.
             options: sampling, lengths, limits and stop strings; None: greedy.
             tools: function schemas for the chat template.
+            write_scopes: further scopes that the answer is added to; read only where `read_scopes` names them too.
+            kept_tokens: special tokens that the text shows, as a reply's markers (`ReplyFormat.kept_tokens`).
 
         Raises:
             PromptError, ContextLengthError, OptionError: before anything is decoded. For what may be raised later see
@@ -243,8 +267,10 @@ class Ouroboros:
         write, *read = [
             open_pool(self.store, name, self.fingerprint) for name in (session.scope, *check_scopes(read_scopes))
         ]
+        others = [name for name in check_scopes(write_scopes, "write_scopes") if name != session.scope]
+        also = [open_pool(self.store, name, self.fingerprint) for name in dict.fromkeys(others)]
         cancelled = threading.Event()
-        steps = self._steps(fitted, session, write, read, options, constraint, cancelled)
+        steps = self._steps(fitted, session, write, read, also, options, constraint, cancelled, kept_tokens)
         after = None if isinstance(self.store, MemorySource) else partial(flush, self.store)
         request = Request(steps, timeout=options.timeout, after=after)
         return Stream(self._worker, request, cancelled)
@@ -257,11 +283,22 @@ class Ouroboros:
         read_scopes: Sequence[str] = (),
         options: DecodingOptions | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        write_scopes: Sequence[str] = (),
+        kept_tokens: Mapping[int, str] | None = None,
     ) -> AsyncGenerator[Piece]:
         """As `stream`, for an event loop, which is not blocked by prompt, store or model; errors come with the first
         piece. Cancelling the task, or closing the generator, ends the decoding within one round."""
         return off_the_loop(
-            partial(self.stream, prompt, scope=scope, read_scopes=read_scopes, options=options, tools=tools)
+            partial(
+                self.stream,
+                prompt,
+                scope=scope,
+                read_scopes=read_scopes,
+                options=options,
+                tools=tools,
+                write_scopes=write_scopes,
+                kept_tokens=kept_tokens,
+            )
         )
 
     def keep_prefix(
@@ -360,9 +397,11 @@ class Ouroboros:
         session: Session,
         write: PhrasePool,
         read: list[PhrasePool],
+        also: list[PhrasePool],
         options: DecodingOptions,
         constraint: Constraint | None,
         cancelled: threading.Event,
+        kept_tokens: Mapping[int, str] | None,
     ) -> Steps[Piece]:
         """One answer, a step at a time, in the worker's thread."""
         session = self._current(session, write)
@@ -378,6 +417,7 @@ class Ouroboros:
                 workspace,
                 write=write,
                 read=read,
+                also=also,
                 documents=self.documents,
                 prompt_ids=fitted.token_ids,
                 limit=fitted.limit,
@@ -386,6 +426,7 @@ class Ouroboros:
                 cancelled=cancelled.is_set,
                 spare=self._spare,
                 constraint=constraint,
+                kept_tokens=kept_tokens,
             )
             return (yield from turn.steps())
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 
@@ -53,6 +53,7 @@ class Turn:
         *,
         write: PhrasePool,
         read: Sequence[PhrasePool],
+        also: Sequence[PhrasePool] = (),
         documents: PhrasePool | None = None,
         prompt_ids: list[int],
         limit: int,
@@ -61,18 +62,20 @@ class Turn:
         dropped: int = 0,
         cancelled: Callable[[], bool] = lambda: False,
         spare: Callable[[], None] = lambda: None,
+        kept_tokens: Mapping[int, str] | None = None,
     ) -> None:
-        """`write`: the pool of the session's scope; `read`: further pools; `documents`: texts that answers may
-        quote; `limit`: tokens to generate at most; `constraint`: what the options' grammar makes of this
-        text; `dropped`: tokens left out of the prompt; `cancelled`: asked before
-        every step; `spare`: gives memory back that others can do without."""
+        """`write`: the pool of the session's scope; `read`: further pools; `also`: pools that the answer is added to,
+        besides; `documents`: texts that answers may quote; `limit`: tokens to generate at most; `constraint`: what the
+        options' grammar makes of this text; `dropped`: tokens left
+        out of the prompt; `cancelled`: asked before every step; `spare`: gives memory back that others can do without;
+        `kept_tokens`: special tokens that the text shows."""
         self._prepared, self._draft = prepared, draft
-        self._session, self._workspace, self._write = session, workspace, write
+        self._session, self._workspace, self._write, self._also = session, workspace, write, also
         self._prompt_ids, self._limit, self._options, self._dropped = prompt_ids, limit, options, dropped
         self._constraint = constraint
         self._cancelled, self._spare = cancelled, spare
         self._end_token_ids = end_token_ids(prepared.model.generation_config)
-        self._transcript = Transcript(tokenizer, options.stop, self._end_token_ids)
+        self._transcript = Transcript(tokenizer, options.stop, self._end_token_ids, kept_tokens)
         self._drafter, self._draft_model = self._blend(read, documents)
         self._sampler = sampler_for(prepared.model, options, len(prompt_ids), limit, prepared.probe.margin, constraint)
         self._tally = Tally()
@@ -97,7 +100,8 @@ class Turn:
                 yield None if found is None else Piece(*self._transcript.push(found.token_ids))
             tail = self._transcript.flush()
         finally:
-            self._write.add(self._transcript.token_ids)
+            for pool in (self._write, *self._also):
+                pool.add(self._transcript.token_ids)
             self._remember()
         return Piece(tail, (), self._result(cached, reason))
 

@@ -598,7 +598,9 @@ def test_wrong_settings_of_a_model(kind: Any, settings: dict[str, Any], message:
     ("settings", "message"),
     [
         ({"temprature": 0.5}, "'temprature'; did you mean 'temperature'"),
-        ({"tools": []}, "'tools'; expected one of: .*temperature"),
+        ({"functions": []}, "'functions'; expected one of: .*temperature"),
+        ({"learn_agent": "yes"}, "learn_agent must be True or False, but got 'yes'"),
+        ({"drafters": ["magic"]}, "magic"),
         ({"store": None}, "'store'"),
         ({"max_tokens": -1}, "max_tokens must be a whole number"),
         ({"top_k": 5}, "top_k=5 has no effect without a temperature"),
@@ -639,12 +641,9 @@ def test_a_configurable_setting(scripted: Scripted) -> None:
     assert [call["options"].max_new_tokens for call in scripted.calls] == [None, 3]
 
 
-def test_what_chat_models_cannot_do_yet_is_said_so(scripted: Scripted) -> None:
-    model = ChatOuroboros(ouroboros=scripted)
-    with pytest.raises(NotImplementedError):
-        model.bind_tools([])
-    with pytest.raises(NotImplementedError):
-        model.with_structured_output({"title": "Answer", "type": "object", "properties": {}})
+def test_texts_call_no_tools(scripted: Scripted) -> None:
+    with pytest.raises(OptionError, match="'tools'; expected one of"):
+        OuroborosLLM(ouroboros=scripted).invoke("hi", tools=[])
 
 
 # --- the package ---

@@ -22,6 +22,22 @@ class TestUnit(ChatModelUnitTests):
     def init_from_env_params(self) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
         return {"OUROBOROS_MODEL": "qwen2.5-0.5b-instruct"}, {}, {"model": "qwen2.5-0.5b-instruct"}
 
+    @property
+    def has_tool_calling(self) -> bool:
+        return True
+
+    @property
+    def has_tool_choice(self) -> bool:
+        return True
+
+    @property
+    def has_structured_output(self) -> bool:
+        return True
+
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
+
 
 class TestIntegration(ChatModelIntegrationTests):
     @pytest.fixture(autouse=True)
@@ -35,3 +51,13 @@ class TestIntegration(ChatModelIntegrationTests):
     @property
     def chat_model_params(self) -> dict[str, Any]:
         return {"ouroboros": self.tiny_ouroboros, "max_tokens": 20}
+
+    # A random model calls no tools.
+
+    @property
+    def has_tool_calling(self) -> bool:
+        return False
+
+    @property
+    def has_structured_output(self) -> bool:
+        return False

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer, plain, tiny_model
+from conftest import SPECIAL_TOKENS, byte_tokenizer, plain, tiny_model
 from transformers import PreTrainedTokenizerFast
 
 from ouroboros_llm import (
@@ -371,3 +371,31 @@ def test_a_store_that_cannot_be_opened_is_one_warning(url: str) -> None:
 def test_closing_twice_is_closing_once(tiny_ouroboros: Ouroboros) -> None:
     tiny_ouroboros.close()
     tiny_ouroboros.close()
+
+
+# --- where an answer goes, and what its text shows ---
+
+
+def test_an_answer_is_added_to_further_scopes_but_they_are_not_read(tiny_ouroboros: Ouroboros) -> None:
+    first = tiny_ouroboros.generate(PROMPT, scope="a", write_scopes=["agent:x", "a"], options=FIXED_WIDTH)
+    unread = tiny_ouroboros.generate(PROMPT, scope="b", write_scopes=["agent:x"], options=FIXED_WIDTH)
+    reader = tiny_ouroboros.generate(PROMPT, scope="c", read_scopes=["agent:x"], options=FIXED_WIDTH)
+    assert first.token_ids == unread.token_ids == reader.token_ids
+    assert "shared" not in unread.statistics.accepted_by_source
+    assert reader.statistics.accepted_by_source["shared"] > 0
+    assert tiny_ouroboros.store.open("agent:x", fingerprint=tiny_ouroboros.fingerprint).stats.runs == 1
+    with pytest.raises(OptionError, match="write_scopes"):
+        tiny_ouroboros.generate(PROMPT, write_scopes="agent:x")
+
+
+async def test_text_shows_the_special_tokens_that_are_asked_for(tiny_ouroboros: Ouroboros) -> None:
+    plain_text = tiny_ouroboros.generate(PROMPT, options=OPTIONS)
+    special = dict(enumerate(SPECIAL_TOKENS))
+    bias = DecodingOptions(max_new_tokens=4, logit_bias={3: 1e9})
+    hidden = tiny_ouroboros.generate(PROMPT, options=bias)
+    assert (hidden.text, hidden.token_ids) == ("", (3, 3, 3, 3))
+    assert tiny_ouroboros.generate(PROMPT, options=bias, kept_tokens=special).text == "<|system|>" * 4
+    assert "".join(piece.text for piece in tiny_ouroboros.stream(PROMPT, options=bias, kept_tokens=special)) == (
+        (await tiny_ouroboros.agenerate(PROMPT, options=bias, kept_tokens=special)).text
+    )
+    assert tiny_ouroboros.generate(PROMPT, options=OPTIONS, kept_tokens={}).text == plain_text.text

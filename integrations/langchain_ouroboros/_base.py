@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from langchain_core.language_models.base import BaseLanguageModel, LangSmithParams
-from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
+from langchain_core.runnables import RunnableConfig
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, field_validator, model_validator
 from typing_extensions import override
 
 from ouroboros_llm import DecodingOptions, GenerationResult, OptionError, Ouroboros, Piece, __version__
 from ouroboros_llm.defaults import DEFAULT_STORE, default_model, shared
 from ouroboros_llm.memory_pool import MemorySource
-from ouroboros_llm.stream import off_the_loop
 
-from ._pieces import ashown, shown
+from ._scopes import SCOPES, FoundScopes, found_scopes
 
 PROVIDER = "ouroboros"
 
@@ -41,7 +40,13 @@ SAMPLING = (
 ALIASES = {"model_name": "model", "stop_sequences": "stop"}
 """Other providers' names for our fields."""
 
-CALL_SETTINGS = frozenset({*SAMPLING, "max_draft_tokens", "model", "scope", "read_scopes", "timeout"})
+SCOPE_SETTINGS = frozenset({"scope", "read_scopes", "learn_agent"})
+"""Fields that say whose phrases are used."""
+
+SPEED_SETTINGS = frozenset({"max_draft_tokens", "drafters", "timeout"})
+"""Fields that only change how soon the text comes, or whether."""
+
+CALL_SETTINGS = frozenset({*SAMPLING, *SCOPE_SETTINGS, *SPEED_SETTINGS, "model"})
 """Fields that a call may give another value."""
 
 
@@ -58,9 +63,13 @@ class OuroborosFields(BaseLanguageModel[Any]):
     """Where phrases are kept: a URL, a SQLAlchemy engine or a `PhraseStore`; None keeps nothing on disk.
     Unset: `$OUROBOROS_STORE`, else `phrases.db` in the user's data folder."""
     scope: str | None = Field(default=None, repr=False)
-    """Whose phrases to use and to add to, as in `conversation:42`. Unset: `conversation:default`, one user's own."""
+    """Whose phrases to use and to add to, as in `conversation:42`. Unset: `conversation:` and the `thread_id`,
+    `session_id` or `conversation_id` of the run's config; without any, `conversation:default`, one user's own."""
     read_scopes: Sequence[str] = Field(default=(), repr=False)
-    """Further scopes to read, in order."""
+    """Further scopes to read, in order. Behind them comes `agent:` and the name of the agent that calls, if any."""
+    learn_agent: bool = Field(default=False, repr=False)
+    """Add answers to the agent's scope too, which all its conversations read: only where these may share what they
+    say."""
     ouroboros: Any = Field(default=None, exclude=True, repr=False)
     """An `Ouroboros` that you built yourself, in place of the fields above that load one."""
 
@@ -87,6 +96,8 @@ class OuroborosFields(BaseLanguageModel[Any]):
 
     max_draft_tokens: int | None = Field(default=None, repr=False)
     """Guesses per pass at most; 0 is plain decoding. Unset: as many as pay. It only changes how soon the text comes."""
+    drafters: Sequence[str] | None = Field(default=None, repr=False)
+    """Where guesses may come from: "phrases", "recycling", "retrieval", "draft_model", "lookahead"."""
     timeout: float | None = None
     """Seconds that one answer may take; then `RequestTimeoutError`, within a round. Its turn among other calls counts;
     loading and the reader do not."""
@@ -96,6 +107,9 @@ class OuroborosFields(BaseLanguageModel[Any]):
     """Ignored, a local model needs none. Declared because code that builds any provider's model passes it."""
     max_retries: int | None = Field(default=None, exclude=True, repr=False)
     """Ignored, a local call does not fail in passing. Declared for the same reason."""
+
+    _write_scopes: tuple[str, ...] | None = PrivateAttr(default=None)
+    """Further scopes that the answer is added to; None until a call has settled its scopes."""
 
     model_config = ConfigDict(hide_input_in_errors=True)  # the input holds keys and database URLs
 
@@ -137,6 +151,8 @@ class OuroborosFields(BaseLanguageModel[Any]):
         self._options(None)
         if isinstance(self.read_scopes, str):
             raise OptionError(f"read_scopes must be a list of names, but got the string {self.read_scopes!r}")
+        if not isinstance(self.learn_agent, bool):
+            raise OptionError(f"learn_agent must be True or False, but got {self.learn_agent!r}")
         if self.ouroboros is not None:
             self._check_prebuilt(self.ouroboros)
         return self
@@ -159,11 +175,27 @@ class OuroborosFields(BaseLanguageModel[Any]):
         Raises:
             OptionError: a name that is not a setting of a call, or a value out of range.
         """
+        if self._write_scopes is not None and not settings:
+            return self
         # `stream` is for LangChain, which has read it by now.
-        settings = {name: value for name, value in settings.items() if name != "stream"}
+        found = settings.get(SCOPES) or found_scopes()
+        settings = {name: value for name, value in settings.items() if name not in ("stream", SCOPES)}
         for name in settings.keys() - CALL_SETTINGS:
             raise OptionError(f"a call takes no argument {name!r}; {_hint(name, CALL_SETTINGS)}")
-        return self.model_copy(update=settings)._checked() if settings else self
+        call = self.model_copy(update=settings)
+        return (call._checked() if settings else call)._settled(found)
+
+    def _settled(self, found: FoundScopes) -> Self:
+        """This model, a copy for one call, with the scopes that hold there."""
+        agent = [found.agent] if found.agent else []
+        self.scope = self.scope if self.scope is not None else found.conversation
+        self.read_scopes = [*self.read_scopes, *(name for name in agent if name not in self.read_scopes)]
+        self._write_scopes = tuple(agent) if self.learn_agent else ()
+        return self
+
+    def _scoped(self, config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The settings of a call, and the scopes that its config names, which goes no further."""
+        return kwargs if self._write_scopes is not None else {SCOPES: found_scopes(config), **kwargs}
 
     def _loaded(self) -> Ouroboros:
         """The model, loaded by the first call in the process that needs it."""
@@ -176,7 +208,8 @@ class OuroborosFields(BaseLanguageModel[Any]):
         chosen = self.stop if stop is None else stop
         return [chosen] if isinstance(chosen, str) else list(chosen or ()) or None
 
-    def _options(self, stop: list[str] | None) -> DecodingOptions:
+    def _options(self, stop: list[str] | None, **form: Any) -> DecodingOptions:
+        """`form`: options that give the reply a form."""
         options = {name: getattr(self, name) for name in SAMPLING}
         limit, stops = options.pop("max_tokens"), tuple(self._stop(stop) or ())
         try:
@@ -184,22 +217,34 @@ class OuroborosFields(BaseLanguageModel[Any]):
                 max_new_tokens=limit,
                 stop=stops,
                 max_draft_tokens=self.max_draft_tokens,
+                drafters=None if self.drafters is None else tuple(self.drafters),
                 timeout=self.timeout,
                 **options,
+                **form,
             )
         except OptionError as error:
             raise OptionError(str(error).replace("max_new_tokens", "max_tokens")) from None
 
-    def _pieces(self, prompt: str | list[dict[str, Any]], stop: list[str] | None) -> Generator[Piece]:
-        """The answer as it comes; nothing is loaded or decoded before the first piece is asked for."""
-        yield from shown(self._stream_of(prompt, stop))
-
-    def _apieces(self, prompt: str | list[dict[str, Any]], stop: list[str] | None) -> AsyncGenerator[Piece]:
-        return ashown(off_the_loop(partial(self._stream_of, prompt, stop)))
-
-    def _stream_of(self, prompt: str | list[dict[str, Any]], stop: list[str] | None) -> Iterator[Piece]:
-        options = self._options(stop)
-        return self._loaded().stream(prompt, scope=self.scope, read_scopes=self.read_scopes, options=options)
+    def _stream_of(
+        self,
+        prompt: str | list[dict[str, Any]],
+        stop: list[str] | None,
+        *,
+        ouroboros: Any = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        kept_tokens: Mapping[int, str] | None = None,
+        **form: Any,
+    ) -> Iterator[Piece]:
+        stream: Iterator[Piece] = (ouroboros or self._loaded()).stream(
+            prompt,
+            scope=self.scope,
+            read_scopes=self.read_scopes,
+            write_scopes=self._write_scopes or (),
+            options=self._options(stop, **form),
+            tools=tools,
+            kept_tokens=kept_tokens,
+        )
+        return stream
 
     def _response_metadata(self, result: GenerationResult) -> dict[str, Any]:
         statistics = result.statistics

@@ -8,6 +8,8 @@ from typing import Any
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 
 from ouroboros_llm import PromptError
+from ouroboros_llm.replies import InvalidToolCall, ToolCall, template_tool_calls
+from ouroboros_llm.replies.templates import ArgumentsForm
 
 _ROLES: tuple[tuple[type[BaseMessage], str], ...] = (
     (SystemMessage, "system"),
@@ -19,17 +21,25 @@ _TOOL_CALL_BLOCKS = frozenset({"tool_use", "tool_call", "tool_call_chunk", "inva
 _REASONING_BLOCKS = frozenset({"reasoning", "reasoning_content", "thinking", "redacted_thinking"})
 
 
-def to_dicts(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+def to_dicts(messages: Sequence[BaseMessage], form: ArgumentsForm | None = "object") -> list[dict[str, Any]]:
     """Messages as `{"role", "content"}` dictionaries, those in a row by the same speaker merged.
 
     Many chat templates insist that speakers alternate. Answers of tools stay apart: each belongs to a call of its own.
+
+    Args:
+        form: how the chat template wants the arguments of calls (`arguments_form`).
 
     Raises:
         PromptError: a message holds something other than text, or is of a kind that no chat template knows.
     """
     merged: list[dict[str, Any]] = []
+    names: dict[str | None, str] = {}
     for message in messages:
-        current = _to_dict(message)
+        current = _to_dict(message, form)
+        if isinstance(message, AIMessage):
+            names |= {call["id"]: call["name"] for call in message.tool_calls}
+        if isinstance(message, ToolMessage) and message.tool_call_id in names:
+            current.setdefault("name", names[message.tool_call_id])  # some templates want it
         if merged and current["role"] == merged[-1]["role"] != "tool":
             merged[-1] = _merge(merged[-1], current)
         else:
@@ -37,14 +47,23 @@ def to_dicts(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     return merged
 
 
-def _to_dict(message: BaseMessage) -> dict[str, Any]:
+def call_ids(messages: Sequence[BaseMessage]) -> list[str | None]:
+    """The ids of all calls in a conversation."""
+    answers = (message for message in messages if isinstance(message, AIMessage))
+    return [call["id"] for message in answers for call in (*message.tool_calls, *message.invalid_tool_calls)]
+
+
+def _to_dict(message: BaseMessage, form: ArgumentsForm | None) -> dict[str, Any]:
     current: dict[str, Any] = {"role": _role(message), "content": _text(message)}
     if message.name:
         current["name"] = message.name
     if isinstance(message, ToolMessage):
         current["tool_call_id"] = message.tool_call_id
-    if isinstance(message, AIMessage) and (calls := _tool_calls(message)):
-        current["tool_calls"] = calls
+    if isinstance(message, AIMessage):
+        if calls := _tool_calls(message):
+            current["tool_calls"] = template_tool_calls(calls, form)
+        if reasoning := _reasoning(message):
+            current["reasoning_content"] = reasoning
     return current
 
 
@@ -66,12 +85,22 @@ def _role(message: BaseMessage) -> str:
     raise PromptError(f"messages must be system, human, AI, tool or chat messages, but got {type(message).__name__}")
 
 
-def _tool_calls(message: AIMessage) -> list[dict[str, Any]]:
-    # Arguments stay a dictionary, unlike OpenAI's: templates write them as JSON, and would quote a string again.
+def _tool_calls(message: AIMessage) -> list[ToolCall | InvalidToolCall]:
     return [
-        {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": call["args"]}}
-        for call in (*message.tool_calls, *message.invalid_tool_calls)
+        *(ToolCall(call["name"], call["args"], call["id"] or "") for call in message.tool_calls),
+        *(
+            InvalidToolCall(call["name"], call["args"] or "", call["error"] or "", call["id"] or "")
+            for call in message.invalid_tool_calls
+        ),
     ]
+
+
+def _reasoning(message: AIMessage) -> str:
+    """What a model of ours thought. Templates know how much of it they show, mostly that of the current turn."""
+    if reasoning := message.additional_kwargs.get("reasoning_content"):
+        return str(reasoning)
+    blocks = [block for block in message.content if isinstance(block, dict)]
+    return "".join(block.get("reasoning", "") for block in blocks if block.get("type") == "reasoning")
 
 
 def _text(message: BaseMessage) -> str:
@@ -86,7 +115,7 @@ def _block_text(message: BaseMessage, block: str | dict[Any, Any]) -> str:
     if kind == "text":
         return str(block["text"])
     if isinstance(message, AIMessage) and kind in _REASONING_BLOCKS:
-        return ""  # chat templates leave out what the model thought in earlier turns
+        return ""  # no part of what was said
     if isinstance(message, AIMessage) and kind in _TOOL_CALL_BLOCKS and _tool_calls(message):
         return ""  # the message lists its calls beside its content too
     raise PromptError(

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import ModelProfile
+from langchain_core.language_models.base import LanguageModelInput
 from langchain_core.language_models.chat_models import (
     BaseChatModel,
     agenerate_from_stream,
     generate_from_stream,
 )
-from langchain_core.messages import AIMessageChunk, BaseMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
-from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain_core.runnables import Runnable, RunnableConfig
 from typing_extensions import override
 
-from ouroboros_llm import Piece, Usage
+from ouroboros_llm import GenerationResult, Usage
 
-from ._base import OuroborosFields
-from ._messages import to_dicts
+from ._base import SCOPE_SETTINGS, SPEED_SETTINGS, OuroborosFields
+from ._exchange import Exchange, habits_of, prompt_of, template_tools
+from ._profile import profile_of
+from ._scopes import SCOPES
+from ._structured import Method, structured
+from ._tools import REPLY_SETTINGS, AnyTool, Asked, asked, choice_of, openai_tools
 
-_UNTRACED = frozenset({"scope", "read_scopes"})
-_UNCACHED = _UNTRACED | {"max_draft_tokens", "timeout", "stream"}
+_UNTRACED = SCOPE_SETTINGS | {SCOPES}
+_UNCACHED = _UNTRACED | SPEED_SETTINGS | {"stream"}
 
 
 class ChatOuroboros(OuroborosFields, BaseChatModel):
@@ -110,6 +116,66 @@ class ChatOuroboros(OuroborosFields, BaseChatModel):
     def _llm_type(self) -> str:
         return "chat-ouroboros"
 
+    # The config of a call says whose phrases it is about, and does not reach `_generate` and `_stream` on every path.
+
+    @override
+    def invoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        return super().invoke(input, config, stop=stop, **self._scoped(config, kwargs))
+
+    @override
+    async def ainvoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        return await super().ainvoke(input, config, stop=stop, **self._scoped(config, kwargs))
+
+    @override
+    def stream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[AIMessageChunk]:
+        return super().stream(input, config, stop=stop, **self._scoped(config, kwargs))
+
+    @override
+    def astream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[AIMessageChunk]:
+        return super().astream(input, config, stop=stop, **self._scoped(config, kwargs))
+
+    @override
+    def stream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """See `BaseChatModel.stream_events`."""
+        return super().stream_events(input, config, **self._scoped_events(config, kwargs))
+
+    @override
+    def astream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """See `BaseChatModel.astream_events`."""
+        return super().astream_events(input, config, **self._scoped_events(config, kwargs))
+
+    def _scoped_events(self, config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        # Events of older versions come from `astream`.
+        return self._scoped(config, kwargs) if kwargs.get("version") == "v3" else kwargs
+
     @override
     def _generate(
         self,
@@ -118,7 +184,8 @@ class ChatOuroboros(OuroborosFields, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return generate_from_stream(self._stream(messages, stop, **kwargs))
+        call, exchange = self._exchange(messages, stop, kwargs)
+        return _settled(exchange, generate_from_stream(call._chunks(exchange)))
 
     @override
     async def _agenerate(
@@ -128,7 +195,9 @@ class ChatOuroboros(OuroborosFields, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return await agenerate_from_stream(self._astream(messages, stop, **kwargs))
+        call, exchange = self._exchange(messages, stop, kwargs)
+        async with aclosing(call._achunks(exchange)) as chunks:
+            return _settled(exchange, await agenerate_from_stream(chunks))
 
     @override
     def _stream(
@@ -138,9 +207,8 @@ class ChatOuroboros(OuroborosFields, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        call = self._for_call(kwargs)
-        for piece in call._pieces(to_dicts(messages), stop):
-            chunk = call._chunk(piece)
+        call, exchange = self._exchange(messages, stop, kwargs)
+        for chunk in call._chunks(exchange):
             if run_manager:  # only where LangChain streams its protocol events; elsewhere it reports tokens itself
                 run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
@@ -153,25 +221,104 @@ class ChatOuroboros(OuroborosFields, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        call = self._for_call(kwargs)
-        async with aclosing(call._apieces(to_dicts(messages), stop)) as pieces:
-            async for piece in pieces:
-                chunk = call._chunk(piece)
+        call, exchange = self._exchange(messages, stop, kwargs)
+        async with aclosing(call._achunks(exchange)) as chunks:
+            async for chunk in chunks:
                 if run_manager:
                     await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
 
-    def _chunk(self, piece: Piece) -> ChatGenerationChunk:
+    def _exchange(
+        self, messages: list[BaseMessage], stop: list[str] | None, settings: dict[str, Any]
+    ) -> tuple[ChatOuroboros, Exchange]:
+        """The model with the settings of a call, and what was asked of it. Raises OptionError."""
+        reply = {name: value for name, value in settings.items() if name in REPLY_SETTINGS}
+        call = self._for_call({name: value for name, value in settings.items() if name not in reply})
+        return call, Exchange(call, messages, stop, asked(reply))
+
+    def _chunks(self, exchange: Exchange) -> Iterator[ChatGenerationChunk]:
+        for piece in exchange.pieces():
+            if (message := exchange.message(piece)) is not None:
+                yield self._chunk(exchange, message, piece.result)
+
+    async def _achunks(self, exchange: Exchange) -> AsyncGenerator[ChatGenerationChunk]:
+        async with aclosing(exchange.apieces()) as pieces:
+            async for piece in pieces:
+                if (message := exchange.message(piece)) is not None:
+                    yield self._chunk(exchange, message, piece.result)
+
+    def _chunk(
+        self, exchange: Exchange, message: AIMessageChunk, result: GenerationResult | None
+    ) -> ChatGenerationChunk:
         # Chunks are added up, strings in their metadata joined: what is true of the answer stands on the last one only.
-        if piece.result is None:
-            return ChatGenerationChunk(message=AIMessageChunk(content=piece.text))
-        message = AIMessageChunk(
-            content=piece.text,
-            usage_metadata=_usage_metadata(piece.result.usage),
-            response_metadata=self._response_metadata(piece.result),
-            chunk_position="last",
-        )
-        return ChatGenerationChunk(message=message, generation_info={"finish_reason": piece.result.finish_reason})
+        if result is None:
+            return ChatGenerationChunk(message=message)
+        metadata = self._response_metadata(result)
+        if exchange.called and result.finish_reason == "stop":
+            metadata["finish_reason"] = "tool_calls"
+        message.usage_metadata = _usage_metadata(result.usage)
+        message.response_metadata = metadata
+        message.chunk_position = "last"
+        return ChatGenerationChunk(message=message, generation_info={"finish_reason": metadata["finish_reason"]})
+
+    @override
+    def bind_tools(
+        self,
+        tools: Sequence[AnyTool],
+        *,
+        tool_choice: str | bool | dict[str, Any] | None = None,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """The model with tools that it may call.
+
+        Args:
+            tools: Functions, Pydantic classes, TypedDicts, LangChain's tools, or schemas of any provider's form.
+            tool_choice: None or "auto": the model decides. "none" or False: it calls none. "any", "required" or True:
+                it calls one. A name, `{"type": "function", "function": {"name": ...}}` or the like: it calls that.
+            strict: A forced call fits its schema anyway; taken so that other providers' code runs.
+            kwargs: Settings of calls; `parallel_tool_calls=False` for one call per reply at most; `response_format`
+                as in OpenAI's interface.
+
+        Raises:
+            OptionError: a choice that is none of these, or names no tool.
+        """
+        offered = openai_tools(tools, strict)
+        if tool_choice is not None:
+            choice_of(tool_choice, offered)
+            kwargs["tool_choice"] = tool_choice
+        return self.bind(tools=list(offered), **kwargs)
+
+    @override
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type | None = None,
+        *,
+        method: Method = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """The model with replies that are objects of a schema.
+
+        Args:
+            schema: A Pydantic class, whose objects the replies are; a TypedDict, JSON Schema or tool schema, whose
+                dictionaries they are.
+            method: "json_schema": the reply is JSON of the schema, of which the model is told. "function_calling": it
+                is a call of a tool of that schema. "json_mode": it is any JSON object; your prompt says which.
+            include_raw: Return `{"raw": message, "parsed": object or None, "parsing_error": error or None}`.
+            strict: Replies fit their schema anyway; taken so that other providers' code runs.
+
+        Raises:
+            ValueError: further arguments.
+        """
+        if kwargs:
+            raise ValueError(f"Received unsupported arguments {kwargs}")  # LangChain's own words
+        return structured(self, schema, method, include_raw=include_raw, strict=strict)
+
+    @override
+    def _resolve_model_profile(self) -> ModelProfile | None:
+        return profile_of(str(self.model), self.ouroboros)
 
     @override
     def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
@@ -186,8 +333,16 @@ class ChatOuroboros(OuroborosFields, BaseChatModel):
     @override
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Tokens of `messages` as a prompt, the chat template's own and those of `tools` included."""
-        specifications = [convert_to_openai_tool(tool) for tool in tools] if tools else None
-        return len(self._loaded().encode(to_dicts(messages), tools=specifications))
+        ouroboros, offered = self._loaded(), Asked(tools=openai_tools(tools or ()))
+        habits = habits_of(ouroboros)
+        return len(ouroboros.encode(prompt_of(messages, offered, habits), tools=template_tools(offered, habits)))
+
+
+def _settled(exchange: Exchange, result: ChatResult) -> ChatResult:
+    for generation in result.generations:
+        if isinstance(generation.message, AIMessage):
+            exchange.settle(generation.message)
+    return result
 
 
 def _usage_metadata(usage: Usage) -> UsageMetadata:

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, TypeVar
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -13,13 +14,16 @@ from langchain_core.language_models.base import LanguageModelInput
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.messages import BaseMessage, get_buffer_string
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
-from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import ContextThreadPoolExecutor
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import ContextThreadPoolExecutor, get_config_list
 from typing_extensions import override
 
 from ouroboros_llm import OptionError, Piece, Usage
+from ouroboros_llm.stream import off_the_loop
 
 from ._base import OuroborosFields
+from ._pieces import ashown, shown
+from ._scopes import found_scopes
 
 _Manager = TypeVar("_Manager")
 
@@ -90,6 +94,64 @@ class OuroborosLLM(OuroborosFields, BaseLLM):
     def _llm_type(self) -> str:
         return "ouroboros"
 
+    # The config of a call says whose phrases it is about, and does not reach `_generate` and `_stream`.
+
+    @override
+    def invoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        return super().invoke(input, config, stop=stop, **self._scoped(config, kwargs))
+
+    @override
+    async def ainvoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        return await super().ainvoke(input, config, stop=stop, **self._scoped(config, kwargs))
+
+    # `BaseLLM` gives all inputs of a batch the same settings.
+
+    @override
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        if self._differ(config, len(inputs)):
+            return Runnable.batch(self, inputs, config, return_exceptions=return_exceptions, **kwargs)
+        kwargs = self._scoped(_first(config), kwargs)
+        return super().batch(inputs, config, return_exceptions=return_exceptions, **kwargs)
+
+    @override
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        if self._differ(config, len(inputs)):
+            return await Runnable.abatch(self, inputs, config, return_exceptions=return_exceptions, **kwargs)
+        kwargs = self._scoped(_first(config), kwargs)
+        return await super().abatch(inputs, config, return_exceptions=return_exceptions, **kwargs)
+
+    def _differ(self, config: RunnableConfig | list[RunnableConfig] | None, number: int) -> bool:
+        """Whether the inputs of a batch are not all about the same scopes."""
+        return isinstance(config, list) and len({found_scopes(one) for one in get_config_list(config, number)}) > 1
+
     # `BaseLLM` leaves the settings of a call, and the model's own stop strings, out of its cache keys, and puts all of
     # them into its traces. So they become fields of a copy before it sees them.
 
@@ -118,7 +180,7 @@ class OuroborosLLM(OuroborosFields, BaseLLM):
         stop: list[str] | None = None,
         **kwargs: Any,
     ) -> Iterator[str]:
-        call = self._for_call(kwargs)
+        call = self._for_call(self._scoped(config, kwargs))
         return super(OuroborosLLM, call).stream(input, config, stop=call._stop(stop))
 
     @override
@@ -130,7 +192,7 @@ class OuroborosLLM(OuroborosFields, BaseLLM):
         stop: list[str] | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[str]:
-        call = self._for_call(kwargs)
+        call = self._for_call(self._scoped(config, kwargs))
         return super(OuroborosLLM, call).astream(input, config, stop=call._stop(stop))
 
     def _split(self, kwargs: dict[str, Any]) -> tuple[OuroborosLLM, dict[str, Any]]:
@@ -185,7 +247,7 @@ class OuroborosLLM(OuroborosFields, BaseLLM):
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
         call = self._for_call(kwargs)
-        for piece in call._pieces(prompt, stop):
+        for piece in shown(call._stream_of(prompt, stop)):
             chunk = call._chunk(piece)
             if run_manager:
                 run_manager.on_llm_new_token(chunk.text, chunk=chunk)
@@ -200,7 +262,8 @@ class OuroborosLLM(OuroborosFields, BaseLLM):
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
         call = self._for_call(kwargs)
-        async with aclosing(call._apieces(prompt, stop)) as pieces:
+        start = partial(call._stream_of, prompt, stop)
+        async with aclosing(ashown(off_the_loop(start))) as pieces:
             async for piece in pieces:
                 chunk = call._chunk(piece)
                 if run_manager:
@@ -245,6 +308,10 @@ def _at_once(
     finally:
         # After an error nobody waits for the others.
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _first(config: RunnableConfig | list[RunnableConfig] | None) -> RunnableConfig | None:
+    return next(iter(config), None) if isinstance(config, list) else config
 
 
 def _join(chunks: Sequence[GenerationChunk]) -> Generation:

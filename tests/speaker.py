@@ -1,0 +1,84 @@
+"""Stands in for an `Ouroboros`: says what it is told, whatever it is asked."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from conftest import byte_tokenizer
+
+from ouroboros_llm import DecodingStatistics, GenerationResult, Piece, Usage
+
+HERMES = (
+    "{% if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+    "Say <tool_call>{...}</tool_call>.{% endif %}"
+    "{% for message in messages %}<|{{ message['role'] }}|>"
+    "{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}"
+    "{{ message['content'] }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""A chat template that takes tools as Qwen's does."""
+
+THINKING = HERMES.replace("<|assistant|>{% endif %}", "<|assistant|><think>\n{% endif %}")
+
+
+def call(name: str, arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+class Speaker:
+    """Has what the adapters use of an `Ouroboros`.
+
+    Attributes:
+        replies: said one after the other, the last one again and again; or a function of the prompt.
+        calls: what it was asked.
+    """
+
+    def __init__(
+        self, *replies: str | Callable[[Any], str], template: str | None = HERMES, cut: int = 3, end: str = "stop"
+    ) -> None:
+        self.name, self.store, self.context_length = "speaker", None, 1000
+        self.tokenizer = copy.deepcopy(byte_tokenizer())
+        self.tokenizer.chat_template = template
+        self.replies, self.cut, self.end = list(replies), cut, end
+        self.calls: list[dict[str, Any]] = []
+        self.closed = threading.Event()
+        self._lock = threading.Lock()
+
+    def encode(self, prompt: Any, *, tools: Any = None) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        return list(
+            self.tokenizer.apply_chat_template(prompt, tools=tools, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
+        )
+
+    def prompt(self, number: int = -1) -> str:
+        """The text of a prompt, as the chat template wrote it."""
+        asked = self.calls[number]
+        return str(self.tokenizer.decode(self.encode(asked["prompt"], tools=asked["tools"])))
+
+    def stream(self, prompt: Any, **arguments: Any) -> Iterator[Piece]:
+        with self._lock:
+            reply = self.replies[0] if len(self.replies) == 1 else self.replies.pop(0)
+            self.calls.append({"prompt": prompt, **arguments})
+        return self._pieces(prompt, reply if isinstance(reply, str) else reply(prompt), arguments["tools"])
+
+    def _pieces(self, prompt: Any, text: str, tools: Any) -> Iterator[Piece]:
+        try:
+            for start in range(0, len(text), self.cut):
+                yield Piece(text[start : start + self.cut], (7,))
+            usage = Usage(len(self.encode(prompt, tools=tools)), len(text), cached_tokens=1)
+            statistics = DecodingStatistics(rounds=1, target_forwards=2, completion_tokens=len(text))
+            yield Piece("", (), GenerationResult(text, (7,) * len(text), self.end, usage, statistics))  # type: ignore[arg-type]
+        finally:
+            self.closed.set()
+
+
+def scopes(speaker: Speaker) -> Sequence[tuple[str | None, tuple[str, ...], tuple[str, ...]]]:
+    """Scope, scopes read and scopes written to, per call."""
+    return [(one["scope"], tuple(one["read_scopes"]), tuple(one["write_scopes"])) for one in speaker.calls]
