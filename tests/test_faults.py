@@ -594,6 +594,19 @@ def test_a_clock_that_goes_backwards_keeps_the_order_of_scopes(
         assert "e" in kept and "b" not in kept
 
 
+def test_a_clock_that_goes_backwards_keeps_the_latest_notes(
+    any_url: str, set_clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ouroboros_storage.upkeep._KEPT_NOTES", 3)
+    monkeypatch.setattr("ouroboros_storage.upkeep._NOTES_COUNTED", 1)
+    for number in range(6):
+        set_clock(NOON - number * DAY)
+        with PhraseStore(any_url) as store:
+            store.open("a", fingerprint="f").remember({f"n/{number}": b"x"})
+    with PhraseStore(any_url) as store:
+        assert set(store.open("a", fingerprint="f").recall("")) == {"n/3", "n/4", "n/5"}
+
+
 def test_what_was_dated_into_the_future_grows_old(any_url: str, set_clock: Callable[[float], None]) -> None:
     set_clock(NOON + 1000 * DAY)
     remember(any_url, "a", [1, 2, 3])

@@ -103,18 +103,14 @@ def upsert(
     found: dict[ScopeKey, Mark] = {}
     for key in sorted({*pending, *new_notes}):
         of_scope = pending.get(key) or {b"": PendingRun(1, now := time_ns() // 1000, now)}
-        found[key] = mark = upsert_scope(
-            connection,
-            key,
-            min(run.created for run in of_scope.values()),
-            max(run.last_used for run in of_scope.values()),
-        )
+        last_used = max(run.last_used for run in of_scope.values())
+        found[key] = mark = upsert_scope(connection, key, min(run.created for run in of_scope.values()), last_used)
         rows = sorted((_row(mark.scope_id, data, run) for data, run in of_scope.items() if data), key=_hash)
         if rows:
             _count_tokens(connection, mark.scope_id, rows)
             connection.execute(on_conflict(insert(connection, runs), runs, add_counts=add_counts), rows)
         if key in new_notes:
-            _upsert_notes(connection, mark.scope_id, new_notes[key])
+            _upsert_notes(connection, mark.scope_id, new_notes[key], last_used)
     return found
 
 
@@ -223,10 +219,11 @@ def _count_tokens(connection: Connection, scope_id: int, rows: Sequence[dict[str
     connection.execute(update(scopes).where(scopes.c.id == scope_id).values(tokens=scopes.c.tokens + new))
 
 
-def _upsert_notes(connection: Connection, scope_id: int, pending: Mapping[str, bytes]) -> None:
-    now = time_ns() // 1000
+def _upsert_notes(connection: Connection, scope_id: int, pending: Mapping[str, bytes], last_used: int) -> None:
+    # The time of the runs beside them, not the clock's: that one may have been put back.
     rows = [
-        {"scope_id": scope_id, "name": name, "data": data, "last_used": now} for name, data in sorted(pending.items())
+        {"scope_id": scope_id, "name": name, "data": data, "last_used": last_used}
+        for name, data in sorted(pending.items())
     ]
     connection.execute(on_conflict(insert(connection, notes), notes), rows)
 
