@@ -114,38 +114,53 @@ def _errors(model: PreTrainedModel, draft: DraftTree, branching: Branching) -> t
 
 
 def _packs(model: PreTrainedModel, scale: float) -> bool:
-    """Whether a pass over several texts, at different places, gives what passes over each alone do."""
+    """Whether a pass over several texts gives what passes over each alone do, whatever the other texts are."""
     if not can_pack(model.config.get_text_config(decoder=True)):
         return False
-    together, alone = _texts(model), _texts(model)
     try:
-        packer = Packer(PassTimes(""), threading.RLock())
-        for _ in range(2):
-            # The second time behind what the first has left.
-            logits = torch.cat(packer.together(together))
-            wanted = torch.cat([one.make() for one in alone])
-            if not float((logits - wanted).abs().nan_to_num(float("inf")).max()) <= scale * _tolerance(model):
-                return False
-            for one in (*together, *alone):
-                one.target.keep((0,))
-                one.text = None
+        together, alone = _texts(model), _texts(model)
+        found = [_in_one(together), _in_one(together)]
+        wanted = [_each(alone), _each(alone)]
+        company = _in_one(_texts(model, others=7))
     except _FAILURES:
         return False
-    return True
+    # Of random text, half precision rounds single nodes to something else altogether; a wrong mask spoils most nodes.
+    typical = torch.amax if model.dtype in (torch.float32, torch.float64) else torch.median
+    right = max(float(typical(_largest(one, other))) for one, other in zip(found, wanted, strict=True))
+    # The first and the last text are the same in other company, where the same kernels round them alike.
+    same = [slice(0, _TREE.width), slice(-_TREE.width, None)]
+    apart = max(float(typical(_largest(found[0][rows], company[rows]))) for rows in same)
+    return right <= scale * _tolerance(model) and apart <= scale * _tolerance(model) / 10
 
 
-def _texts(model: PreTrainedModel) -> list[Pass]:
-    """Passes over a tree, over one token and over a prompt."""
+def _largest(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Per row: the largest difference, infinite where there is a number missing."""
+    return (one - other).abs().nan_to_num(float("inf")).amax(-1)
+
+
+def _in_one(passes: list[Pass]) -> torch.Tensor:
+    return _kept(passes, Packer(PassTimes(""), threading.RLock()).together(passes))
+
+
+def _each(passes: list[Pass]) -> torch.Tensor:
+    return _kept(passes, [wanted.make() for wanted in passes])
+
+
+def _kept(passes: list[Pass], logits: list[torch.Tensor]) -> torch.Tensor:
+    for one in passes:
+        one.target.keep((0,))
+        one.text = None
+    return torch.cat(logits).float()
+
+
+def _texts(model: PreTrainedModel, others: int = 0) -> list[Pass]:
+    """Passes over a tree, over one token, over a prompt and over a tree; `others` changes the texts in between."""
     tree = replace(_TREE, token_ids=tuple(_tokens(model, _TREE.token_ids)))
-    text = _tokens(model, _LONG[:24])
-    root = DraftTree.root(text[-1])
-    prompt = Pass(EagerTarget(model, "tree"), root, text, 3)
-    return [
-        Pass(_read(model, "tree"), tree),
-        Pass(_read(model, "tree"), root),
-        prompt,
-        Pass(_read(model, "tree"), tree),
-    ]
+    first, last = _read(model, "tree"), _read(model, "tree", _TEXT[::-1])
+    between = _tokens(model, tuple(token_id + others for token_id in _LONG[:24]))
+    short, root = _read(model, "tree", tuple(between[:11])), DraftTree.root(between[-1])
+    prompt = Pass(EagerTarget(model, "tree"), root, between, 3)
+    return [Pass(first, tree), Pass(short, root), prompt, Pass(last, tree)]
 
 
 def _step_by_step(model: PreTrainedModel, token_ids: list[int]) -> list[torch.Tensor]:
@@ -157,9 +172,9 @@ def _step_by_step(model: PreTrainedModel, token_ids: list[int]) -> list[torch.Te
     return logits
 
 
-def _read(model: PreTrainedModel, branching: Branching) -> EagerTarget:
+def _read(model: PreTrainedModel, branching: Branching, text: tuple[int, ...] = _TEXT) -> EagerTarget:
     target = EagerTarget(model, branching)
-    target.prefill(_tokens(model, _TEXT))
+    target.prefill(_tokens(model, text))
     target.keep((0,))
     return target
 
