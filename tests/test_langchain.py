@@ -749,3 +749,39 @@ def test_a_model_in_a_folder_is_loaded_once_for_both_classes(tiny_ouroboros: Our
         tiny_ouroboros.generate(prompt, options=options).text for prompt in prompts
     ]
     assert models[0]._loaded() is models[1]._loaded()
+
+
+class Meeting(Scripted):
+    """Nobody gets an answer before all have asked."""
+
+    def __init__(self, callers: int) -> None:
+        super().__init__()
+        self.all_here = threading.Barrier(callers)
+
+    def _stream(self, prompt: Any) -> Iterator[Piece]:
+        self.all_here.wait(30)
+        yield from super()._stream(prompt)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+async def test_batches_are_answered_at_once(cls: Any) -> None:
+    for asynchronously in (False, True):
+        llm = cls(ouroboros=Meeting(3))
+        answers = await llm.abatch(["a", "b", "c"]) if asynchronously else llm.batch(["a", "b", "c"])
+        assert [getattr(answer, "content", answer) for answer in answers] == ["".join(TEXTS)] * 3
+
+
+@pytest.mark.parametrize("asynchronously", [False, True])
+async def test_an_error_of_one_prompt_does_not_wait_for_the_others(asynchronously: bool) -> None:
+    class Failing(Scripted):
+        def _stream(self, prompt: Any) -> Iterator[Piece]:
+            if prompt == "bad":
+                raise ZeroDivisionError
+            yield from super()._stream(prompt)
+
+    ouroboros = Failing()
+    ouroboros.go_on.clear()
+    llm = OuroborosLLM(ouroboros=ouroboros)
+    with pytest.raises(ZeroDivisionError):
+        await llm.abatch(["bad", "good"]) if asynchronously else llm.batch(["bad", "good"])
+    ouroboros.go_on.set()

@@ -144,6 +144,20 @@ def test_a_packed_pass_gives_what_each_gets_alone(architecture: str, implementat
         assert [list(one.target.token_ids) for one in together] == [list(one.target.token_ids) for one in alone]
 
 
+@pytest.mark.parametrize("architecture", TREES)
+def test_no_text_depends_on_its_company(architecture: str) -> None:
+    """To the last bit: what is masked counts exactly nothing."""
+    prepared = prepare(tiny_model(architecture))
+    assert prepared.packer is not None
+    found = []
+    for company in ("somebody else's secret", "nobody else's worry..."):
+        texts = [ids(company), ids("mine alone"), ids(company[::-1])]
+        passes = [Pass(prepared.start(), DraftTree.root(text[-1]), text, 8) for text in texts]
+        found.append(prepared.packer.together(passes))
+    assert torch.equal(found[0][1], found[1][1])
+    assert not torch.allclose(found[0][0], found[1][0], atol=0.1)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_only_models_that_verify_trees_are_packed(architecture: str) -> None:
     assert prepare(tiny_model(architecture)).probe.packs is (architecture in TREES)
