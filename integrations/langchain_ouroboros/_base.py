@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -212,7 +213,7 @@ class OuroborosFields(BaseLanguageModel[Any]):
         """`form`: options that give the reply a form."""
         options = {name: getattr(self, name) for name in SAMPLING}
         limit, stops = options.pop("max_tokens"), tuple(self._stop(stop) or ())
-        try:
+        with _our_names():
             return DecodingOptions(
                 max_new_tokens=limit,
                 stop=stops,
@@ -222,8 +223,6 @@ class OuroborosFields(BaseLanguageModel[Any]):
                 **options,
                 **form,
             )
-        except OptionError as error:
-            raise OptionError(str(error).replace("max_new_tokens", "max_tokens")) from None
 
     def _stream_of(
         self,
@@ -235,15 +234,17 @@ class OuroborosFields(BaseLanguageModel[Any]):
         kept_tokens: Mapping[int, str] | None = None,
         **form: Any,
     ) -> Iterator[Piece]:
-        stream: Iterator[Piece] = (ouroboros or self._loaded()).stream(
-            prompt,
-            scope=self.scope,
-            read_scopes=self.read_scopes,
-            write_scopes=self._write_scopes or (),
-            options=self._options(stop, **form),
-            tools=tools,
-            kept_tokens=kept_tokens,
-        )
+        options = self._options(stop, **form)
+        with _our_names():
+            stream: Iterator[Piece] = (ouroboros or self._loaded()).stream(
+                prompt,
+                scope=self.scope,
+                read_scopes=self.read_scopes,
+                write_scopes=self._write_scopes or (),
+                options=options,
+                tools=tools,
+                kept_tokens=kept_tokens,
+            )
         return stream
 
     def _response_metadata(self, result: GenerationResult) -> dict[str, Any]:
@@ -282,6 +283,15 @@ class OuroborosFields(BaseLanguageModel[Any]):
     def get_token_ids(self, text: str) -> list[int]:
         """Token ids of `text` as a prompt, special tokens included."""
         return self.custom_get_token_ids(text) if self.custom_get_token_ids else self._loaded().encode(text)
+
+
+@contextmanager
+def _our_names() -> Iterator[None]:
+    """Errors about options call them by LangChain's names."""
+    try:
+        yield
+    except OptionError as error:
+        raise OptionError(str(error).replace("max_new_tokens", "max_tokens")) from None
 
 
 def _hint(name: str, known: Collection[str]) -> str:

@@ -9,10 +9,12 @@ from langchain_core.language_models.base import LanguageModelInput
 from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
-from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 
 from ouroboros_llm import OptionError
+
+from ._tools import schema_of
 
 Method = Literal["json_schema", "function_calling", "json_mode"]
 
@@ -34,7 +36,7 @@ def structured(
         asking = model.bind(response_format={"type": "json_object"}, **(traced if schema is not None else {}))
     else:
         named: dict[str, Any] = {"name": convert_to_openai_tool(schema)["function"]["name"]}
-        named |= {"schema": convert_to_json_schema(schema)} | ({} if strict is None else {"strict": strict})
+        named |= {"schema": schema_of(schema)} | ({} if strict is None else {"strict": strict})
         asking = model.bind(response_format={"type": "json_schema", "json_schema": named}, **traced)
     return _with_raw(asking, _text_parser(schema), include_raw)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from pydantic import BaseModel
 
 from ouroboros_llm import OptionError
 
@@ -70,12 +71,48 @@ def openai_tools(tools: Sequence[AnyTool], strict: bool | None = None) -> tuple[
     """Tools in OpenAI's form; of several with one name the first counts. Raises OptionError where one has no name."""
     by_name: dict[str, dict[str, Any]] = {}
     for tool in tools:
-        converted = convert_to_openai_tool(tool, strict=strict)
+        converted = _with_recursion(tool, convert_to_openai_tool(tool, strict=strict))
         name = converted.get("function", {}).get("name")
         if not isinstance(name, str):
             raise OptionError(f"tools must be functions with names, but got {converted!r:.80}")
         by_name.setdefault(name, converted)
     return tuple(by_name.values())
+
+
+def schema_of(kind: Any) -> dict[str, Any]:
+    """The JSON Schema of a Pydantic class, TypedDict, tool or schema."""
+    return _recursive_schema(kind) or convert_to_json_schema(kind)
+
+
+def _with_recursion(tool: AnyTool, converted: dict[str, Any]) -> dict[str, Any]:
+    schema = _recursive_schema(tool)
+    if schema is None:
+        return converted
+    parameters = {key: value for key, value in schema.items() if key not in ("title", "description")}
+    return {**converted, "function": {**converted["function"], "parameters": parameters}}
+
+
+def _recursive_schema(kind: Any) -> dict[str, Any] | None:
+    """The schema of a class that holds itself, where LangChain's own converters put `{}` for the part inside; None for
+    anything else."""
+    kind = kind.tool_call_schema if isinstance(kind, BaseTool) else kind
+    if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        return None
+    schema = kind.model_json_schema()
+    definitions = schema.get("$defs", {})
+    reached = {name: _references(part) for name, part in definitions.items()}
+    for _ in definitions:  # as far as references lead
+        reached = {
+            name: found.union(*(reached.get(other, set()) for other in found)) for name, found in reached.items()
+        }
+    return schema if any(name in found for name, found in reached.items()) else None
+
+
+def _references(schema: Any) -> set[str]:
+    if isinstance(schema, Mapping):
+        here = {schema["$ref"].rpartition("/")[2]} if isinstance(schema.get("$ref"), str) else set()
+        return here.union(*(_references(value) for value in schema.values()))
+    return set().union(*(_references(item) for item in schema)) if isinstance(schema, list) else set()
 
 
 def choice_of(
@@ -106,7 +143,7 @@ def _schema_of(response_format: Any) -> tuple[Mapping[str, Any] | None, bool]:
     if response_format is None:
         return None, False
     if not isinstance(response_format, Mapping):
-        return convert_to_json_schema(response_format), True
+        return schema_of(response_format), True
     kind = response_format.get("type")
     if kind == "text":
         return None, False

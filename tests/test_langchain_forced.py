@@ -1,0 +1,167 @@
+"""Forced calls and structured output over models that are random, so that whatever fits is the grammar's doing."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any, Literal
+
+import pytest
+from conftest import byte_tokenizer, tiny_model
+from langchain.agents import create_agent
+from langchain_core.messages import AIMessage
+from pydantic import BaseModel, Field
+from speaker import HERMES, THINKING
+from test_langchain_tools import PLAIN, SEARCH, Joke, Weather, add
+
+from langchain_ouroboros import ChatOuroboros
+from ouroboros_llm import OptionError, Ouroboros
+
+pytest.importorskip("llguidance")
+jsonschema = pytest.importorskip("jsonschema")
+
+
+class Seat(Enum):
+    WINDOW = "Fenster"
+    AISLE = "通路"
+
+
+class Person(BaseModel):
+    name: str = Field(max_length=8)
+    age: int | None = Field(ge=0, le=120)
+
+
+class Booking(BaseModel):
+    """Book a flight."""
+
+    passengers: list[Person] = Field(min_length=1, max_length=2)
+    seat: Seat
+    price: float | Literal["unknown"]
+    extras: dict[str, bool] = Field(default_factory=dict, max_length=1)
+
+
+class Tree(BaseModel):
+    """A tree."""
+
+    value: int = Field(ge=0, le=9)
+    children: list[Tree]
+
+
+def ouroboros_of(template: str, seed: int = 0) -> Ouroboros:
+    tokenizer = copy.deepcopy(byte_tokenizer())
+    tokenizer.chat_template = template
+    return Ouroboros(tiny_model("qwen3", seed=seed, context=8192), tokenizer)
+
+
+@pytest.fixture(params=[HERMES, THINKING, PLAIN], ids=["tools", "thinking", "plain"])
+def model(request: pytest.FixtureRequest) -> Iterator[ChatOuroboros]:
+    with ouroboros_of(request.param) as ouroboros:
+        yield ChatOuroboros(ouroboros=ouroboros, max_tokens=160)
+
+
+@pytest.mark.parametrize("tool", [add, Weather, Joke, SEARCH, Booking, Tree], ids=str)
+async def test_a_forced_call_is_one(model: ChatOuroboros, tool: Any) -> None:
+    bound: Any = model.bind_tools([tool], tool_choice="any")
+    schema = bound.kwargs["tools"][0]["function"]
+    message = bound.invoke("hi")
+    (call,) = message.tool_calls
+    assert (call["name"], message.content, message.invalid_tool_calls) == (schema["name"], "", [])
+    jsonschema.validate(call["args"], schema["parameters"])
+    chunks = list(bound.stream("hi"))
+    total = sum(chunks[1:], chunks[0])
+    assert total.tool_calls[0]["args"] == call["args"] == (await bound.ainvoke("hi")).tool_calls[0]["args"]
+    assert message.response_metadata["finish_reason"] == "tool_calls"
+
+
+def test_a_forced_choice_among_tools(model: ChatOuroboros) -> None:
+    tools: Any = {"Booking": Booking, "search": SEARCH, "Weather": Weather}
+    for choice in ("any", *tools):
+        bound = model.bind_tools(list(tools.values()), tool_choice=choice)
+        for seed in range(3):
+            (call,) = bound.invoke("hi", seed=seed, temperature=1.5).tool_calls
+            assert choice in ("any", call["name"])
+            schema = tools[call["name"]]
+            jsonschema.validate(call["args"], schema if isinstance(schema, dict) else schema.model_json_schema())
+
+
+@pytest.mark.parametrize("schema", [Booking, Tree, Joke, SEARCH], ids=str)
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+async def test_structured_output_fits(model: ChatOuroboros, schema: Any, method: Any) -> None:
+    structured = model.with_structured_output(schema, method=method, include_raw=True)
+    for answer in (structured.invoke("hi"), await structured.ainvoke("hi")):
+        assert answer["parsing_error"] is None
+        if isinstance(schema, type) and issubclass(schema, BaseModel):
+            assert isinstance(answer["parsed"], schema)
+        else:
+            assert set(answer["parsed"]) <= {"setup", "punchline", "query"}
+
+
+def test_json_mode_says_an_object(model: ChatOuroboros) -> None:
+    message = model.invoke("hi", response_format={"type": "json_object"})
+    assert isinstance(json.loads(str(message.content)), dict)
+
+
+def test_many_forced_calls_of_varied_schemas() -> None:
+    kinds: list[dict[str, Any]] = [
+        {"type": "string", "maxLength": 5},
+        {"type": "integer", "minimum": -3, "maximum": 300},
+        {"enum": ["größe", "日本", 'a "b"', None, 3]},
+        {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 3},
+        {
+            "anyOf": [
+                {"type": "null"},
+                {
+                    "type": "object",
+                    "properties": {"é": {"type": "number", "minimum": -1e6, "maximum": 1e6}},
+                    "required": ["é"],
+                },
+            ]
+        },
+    ]
+    with ouroboros_of(HERMES) as ouroboros:
+        model = ChatOuroboros(ouroboros=ouroboros, max_tokens=120, temperature=1.0)
+        for number in range(100):
+            chosen = {f"p{n}": kinds[(number // 5**n + n) % len(kinds)] for n in range(1 + number % 3)}
+            parameters = {"type": "object", "properties": chosen, "required": list(chosen)}
+            tool = {"type": "function", "function": {"name": f"tool_{number}", "parameters": parameters}}
+            (call,) = model.bind_tools([tool], tool_choice=f"tool_{number}").invoke("hi", seed=number).tool_calls
+            jsonschema.validate(call["args"], parameters)
+
+
+def test_what_cannot_be_kept_is_said_before_anything_is_decoded(model: ChatOuroboros) -> None:
+    tool = {
+        "title": "f",
+        "description": "",
+        "type": "object",
+        "properties": {"a": {"type": "array", "uniqueItems": True}},
+    }
+    with pytest.raises(OptionError, match="uniqueItems"):
+        model.bind_tools([tool], tool_choice="f").invoke("hi")
+    with pytest.raises(OptionError, match="max_tokens"):
+        model.bind_tools([Booking], tool_choice="any").invoke("hi", max_tokens=4)
+
+
+def test_an_agent_s_structured_answer_needs_no_skill(model: ChatOuroboros) -> None:
+    agent = create_agent(model, [], response_format=Booking)
+    assert isinstance(agent.invoke({"messages": [("human", "hi")]})["structured_response"], Booking)
+
+
+def test_forced_text_costs_few_passes() -> None:
+    with ouroboros_of(HERMES) as ouroboros:
+        model = ChatOuroboros(ouroboros=ouroboros, max_tokens=200, max_draft_tokens=31)
+        message: AIMessage = model.bind_tools([Weather], tool_choice="Weather").invoke("hi")
+        assert message.usage_metadata is not None
+        forwards = message.response_metadata["ouroboros"]["target_forwards"]
+        assert forwards <= message.usage_metadata["output_tokens"] / 2
+
+
+def test_a_schema_that_holds_itself_is_told_whole() -> None:
+    with ouroboros_of(HERMES) as ouroboros:
+        model: Any = ChatOuroboros(ouroboros=ouroboros)
+        for bound in (
+            model.bind_tools([Tree]).kwargs["tools"][0]["function"]["parameters"],
+            model.with_structured_output(Tree).first.kwargs["response_format"]["json_schema"]["schema"],
+        ):
+            assert bound["$defs"]["Tree"]["properties"]["children"]["items"] == {"$ref": "#/$defs/Tree"}
