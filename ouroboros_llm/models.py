@@ -117,10 +117,10 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 def local_context_length(name: str | Path) -> int | None:
     """Tokens that a model's context holds, from files that are on this machine already; None where they do not say."""
-    folder = _local(str(name))
     try:
+        folder = _local(str(name))
         config = json.loads((folder / "config.json").read_text()) if folder is not None else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, UnknownModelError):
         return None
     for settings in (config, config.get("text_config") or {}):
         for key in ("max_position_embeddings", "n_positions"):

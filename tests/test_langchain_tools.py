@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+from conftest import tiny_model
 from langchain.agents import create_agent
 from langchain_core.caches import InMemoryCache
 from langchain_core.exceptions import OutputParserException
@@ -372,12 +374,23 @@ def test_tokens_of_messages_and_tools() -> None:
 def test_the_profile() -> None:
     model, _ = chat("Hm.")
     assert model.profile is not None
-    assert (model.profile["max_input_tokens"], model.profile["tool_calling"]) == (999, True)
+    assert (model.profile["name"], model.profile["max_input_tokens"]) == ("speaker", 999)
+    assert (model.profile["max_output_tokens"], model.profile["tool_calling"]) == (999, True)
     assert model.profile["reasoning_output"] is True
     assert chat("Hm.", template=PLAIN)[0].profile["reasoning_output"] is False  # type: ignore[index]
-    unknown = ChatOuroboros(model="nobody/has-it")
-    assert unknown.profile is not None
-    assert "max_input_tokens" not in unknown.profile
+    for name in ("nobody/has-it", "no-such-model"):
+        unknown = ChatOuroboros(model=name)
+        assert unknown.profile is not None
+        assert unknown.profile["name"] == name
+        assert "max_input_tokens" not in unknown.profile
+
+
+def test_the_profile_of_a_model_that_is_not_loaded_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUROBOROS_MODEL", str(tmp_path))
+    tiny_model().config.save_pretrained(tmp_path)
+    profile = ChatOuroboros().profile
+    assert profile is not None
+    assert (profile["name"], profile["max_input_tokens"]) == (str(tmp_path), 511)
 
 
 # --- agents ---

@@ -142,10 +142,13 @@ class OuroborosFields(BaseLanguageModel[Any]):
 
     @model_validator(mode="after")
     def _settle_ouroboros_settings(self) -> Self:
-        if self.model is None:
-            self.model = default_model() if self.ouroboros is None else self.ouroboros.name
+        self.model = self._name()
         self._add_version("ouroboros-llm", __version__)
         return self._checked()
+
+    def _name(self) -> str:
+        """The model's name, also before `model` is settled."""
+        return self.model or (default_model() if self.ouroboros is None else str(self.ouroboros.name))
 
     def _checked(self) -> Self:
         """This model. Raises OptionError where a setting is out of range or contradicts another."""

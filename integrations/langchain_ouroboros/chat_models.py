@@ -56,13 +56,16 @@ class ChatOuroboros(OuroborosFields, BaseChatModel):
     Key init args, phrases:
         store: Where phrases are kept: a URL, a SQLAlchemy engine or a `PhraseStore`. None keeps nothing on disk.
             Unset: `$OUROBOROS_STORE`, else `phrases.db` in the user's data folder.
-        scope: Whose phrases to use and to add to, as in `conversation:42`.
-        read_scopes: Further scopes to read.
+        scope: Whose phrases to use and to add to, as in `conversation:42`. Unset: `conversation:` and the `thread_id`,
+            `session_id` or `conversation_id` in the run's config, which LangGraph sets.
+        read_scopes: Further scopes to read. Behind them, inside of an agent, comes `agent:` and the agent's name.
+        learn_agent: Add answers to the agent's scope too, which all its conversations read.
+        drafters: Where guesses may come from.
         draft_model: A smaller model of the same vocabulary that drafts too.
         device, dtype: Where and in what precision to run.
         ouroboros: An `Ouroboros` that you built yourself, in place of model, draft_model, device, dtype and store.
 
-    All completion arguments, `scope`, `read_scopes`, `timeout` and `model` can be given to a call too, or bound:
+    All of these but store, draft_model, device, dtype and ouroboros can be given to a call too, or bound:
     `model.bind(scope="conversation:42")`. Scopes appear neither in traces nor in cache keys.
 
     Instantiate:
@@ -98,6 +101,35 @@ class ChatOuroboros(OuroborosFields, BaseChatModel):
         ```
 
         Cancelling the task ends the decoding within one pass.
+
+    Tool calling:
+        ```python
+        from langchain_core.tools import tool
+
+        @tool
+        def add(a: int, b: int) -> int:
+            '''Add two numbers.'''
+            return a + b
+
+        model.bind_tools([add], tool_choice="any").invoke("What is 17 + 25?").tool_calls
+        # [{'name': 'add', 'args': {'a': 17, 'b': 25}, 'id': 'call00000', 'type': 'tool_call'}]
+        ```
+
+        Calls are read from the model's own format. What it thought is in `additional_kwargs["reasoning_content"]`.
+        Forced calls follow a grammar and always fit (extra `structured`); a model's free choice may be wrong, and
+        calls that cannot be read are in `invalid_tool_calls`.
+
+    Structured output:
+        ```python
+        from pydantic import BaseModel
+
+        class Person(BaseModel):
+            name: str
+            age: int
+
+        model.with_structured_output(Person).invoke("Anna is 34 years old.")
+        # Person(name='Anna', age=34)
+        ```
 
     Response metadata:
         ```python
@@ -318,7 +350,7 @@ class ChatOuroboros(OuroborosFields, BaseChatModel):
 
     @override
     def _resolve_model_profile(self) -> ModelProfile | None:
-        return profile_of(str(self.model), self.ouroboros)
+        return profile_of(self._name(), self.ouroboros)  # validators of the base class come first
 
     @override
     def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
