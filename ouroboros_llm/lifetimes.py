@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 import weakref
 from typing import Protocol
 
@@ -32,27 +33,47 @@ class Running(Protocol):
 
 def watch(running: Running) -> None:
     """Let forks and the end of the process wait for its steps, as long as it lives."""
-    _watched.add(running)
+    with _forking:
+        _watched.add(running)
+
+
+def guard(lock: threading.RLock) -> threading.RLock:
+    """Let forks wait until nobody holds a lock of the whole process, so that no child finds it held by a thread that it
+    does not have. Whoever holds it must not wait for a step."""
+    _guards.append(lock)
+    return lock
 
 
 _watched: weakref.WeakSet[Running] = weakref.WeakSet()
+_guards: list[threading.RLock] = []
 _held: list[Running] = []
+_forking = threading.RLock()
+"""One fork at a time."""
 
 
 def _before_fork() -> None:
+    _forking.acquire()
     _held[:] = list(_watched)
     for running in _held:
         running.hold()
+    for lock in _guards:
+        lock.acquire()
 
 
 def _after_fork_in_parent() -> None:
+    for lock in _guards:
+        lock.release()
     while _held:
         _held.pop().go_on()
+    _forking.release()
 
 
 def _after_fork_in_child() -> None:
+    for lock in _guards:
+        lock.release()
     while _held:
         _held.pop().forked()
+    _forking.release()
 
 
 @atexit.register

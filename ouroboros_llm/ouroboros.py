@@ -322,16 +322,12 @@ class Ouroboros:
             Its tokens.
 
         Raises:
-            PromptError, ContextLengthError, OptionError: also where it would not fit into the limit of `kv_usage`.
+            PromptError, ContextLengthError, OptionError: also where it would not fit into the limit of `kv_usage`; what
+            had its name is kept then. MemoryLimitError: the device has no room for it.
         """
         prompt_ids = self._checked(encode(self.tokenizer, prompt, tools, answering=False))
         fit(prompt_ids, lambda _: prompt_ids, context_length=self.context_length, wanted=1, name=self.name)
-        session = self._session(scope)
-        workspace = self._sessions.take(session, prompt_ids, self._start, copies=True)
-        with locked(self._prepared, self._draft):
-            workspace.read(prompt_ids, self._draft.context_length if self._draft else None)
-        self._sessions.keep(session, name, workspace)
-        return len(prompt_ids)
+        return self._worker.run(self._keeping(self._session(scope), prompt_ids, name))
 
     def drop_prefix(self, *, scope: str | None = None, name: str = "default") -> None:
         """Free what `keep_prefix` kept under this name, if anything."""
@@ -431,6 +427,23 @@ class Ouroboros:
             return (yield from turn.steps())
         finally:
             self._sessions.give_back(session, workspace)
+
+    def _keeping(self, session: Session, prompt_ids: list[int], name: str) -> Steps[int]:
+        """Read a prefix a chunk at a time, in the worker's thread, and keep it; returns its tokens."""
+        workspace = self._sessions.take(session, prompt_ids, self._start, copies=True)
+        try:
+            check_room(self._prepared, len(prompt_ids), workspace.nbytes, self._spare, self._draft)
+            reading = workspace.reading(prompt_ids, self._draft.context_length if self._draft else None)
+            over = False
+            while not over:
+                with locked(self._prepared, self._draft):
+                    over = next(reading, True)
+                yield None
+        except BaseException:
+            self._sessions.give_back(session, workspace)
+            raise
+        self._sessions.keep(session, name, workspace)
+        return len(prompt_ids)
 
     def _spare(self) -> None:
         """Let go of keys and values that only a later turn would have used."""

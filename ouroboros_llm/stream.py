@@ -12,7 +12,6 @@ from functools import partial
 from queue import Empty
 from typing import Any, Self
 
-from .errors import OuroborosError
 from .request import End, Request
 from .statistics import GenerationResult, Piece
 from .worker import Worker
@@ -108,7 +107,7 @@ class Stream:
             return
         try:
             self._worker.submit(self._request)
-        except OuroborosError:
+        except BaseException:
             self._begun.release()
             raise
 

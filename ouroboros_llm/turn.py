@@ -32,10 +32,9 @@ from .sampling import end_token_ids, sampler_for
 from .session import Session
 from .statistics import FinishReason, GenerationResult, Piece, Tally, Usage
 from .target.base import Pass, TargetModel, ask
-from .target.eager import PREFILL_CHUNK
 from .target.prepared import PreparedModel, locked
 from .text import Transcript
-from .workspaces import Workspace
+from .workspaces import Workspace, chunk_ends
 
 Rounds = Generator[Pass | Round | None, torch.Tensor | None, None]
 
@@ -161,12 +160,10 @@ class Turn:
         """From the text so far to its end."""
         context = [*self._prompt_ids, *self._transcript.token_ids]
         target = self._workspace.target
-        if target.can_rewind:
-            # Long prompts are read in chunks, a step each. The last token of each chunk is read again by the next,
-            # because a pass leaves it pending; what is left fits into the first round.
-            for end in range(target.common_prefix(context) + PREFILL_CHUNK, len(context), PREFILL_CHUNK - 1):
-                yield from ask(Pass(target, DraftTree.root(context[end - 1]), context[:end]))
-                yield None
+        # Long prompts are read in chunks, a step each; what is left fits into the first round.
+        for end in chunk_ends(target, context):
+            yield from ask(Pass(target, DraftTree.root(context[end - 1]), context[:end]))
+            yield None
         width = 1 if self._lean else self._width
         decoder = Decoder(
             target,

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import OuroborosError, QueueFullError, RequestTimeoutError
-from .lifetimes import watch
-from .request import End, Request, nothing
+from .lifetimes import guard, watch
+from .request import End, Request, Steps, nothing
 from .target.base import Pass
 
 MAX_ACTIVE, MAX_WAITING = 16, 1024
@@ -21,6 +21,8 @@ MAX_ACTIVE, MAX_WAITING = 16, 1024
 
 IDLE_SECONDS = 10.0
 """How long the thread stays without any request."""
+
+Item = TypeVar("Item")
 
 
 class Worker:
@@ -77,6 +79,21 @@ class Worker:
             request.submitted()
             self._inbox.put(request)
 
+    def run(self, steps: Steps[Item]) -> Item:
+        """Let steps take their turns among the others', and wait for what they return; raises what they raise."""
+        request = Request(steps)
+        request.whole = True
+        try:
+            self.submit(request)
+            item = request.arrived.get()
+        except BaseException:
+            request.closed = True
+            self.wake()
+            raise
+        if isinstance(item, End):
+            raise item.error or OuroborosError("the request ended without a result")
+        return item
+
     def wake(self) -> None:
         """Look again: a caller has taken something, or wants no more. Safe in finalizers."""
         self._inbox.put(None)
@@ -86,6 +103,7 @@ class Worker:
         if self.requests and not self.is_current_thread:
             # What remains of those before it is done in the same order, and so before what remains of this one.
             barrier: Request[None] = Request(nothing(), after=lambda: None)
+            barrier.hurried = True  # it has nothing to do, and need not wait for a place
             with suppress(QueueFullError):
                 self.submit(barrier)
                 barrier.ended.wait()
@@ -103,13 +121,21 @@ class Worker:
         while not self._retired:
             with self._gate:
                 pass
-            with self._step_lock:
-                worked = self._turn()
+            try:
+                with self._step_lock:
+                    worked = self._turn()
+            except BaseException as error:  # not of a step: those are their requests' own
+                self._give_up(error)
+                return
             if not worked and not self._rest():
                 return
+        self._give_up(OuroborosError("the request was given up, because the interpreter exits"))
+
+    def _give_up(self, error: BaseException) -> None:
+        """End everything with this error; the next request starts a new thread."""
         with self._lock:
             for request in tuple(self._unfinished):
-                self._drop(request, OuroborosError("the request was given up, because the interpreter exits"))
+                self._drop(request, error)
             self._inbox, self._retired, self._thread = SimpleQueue(), False, None
 
     def _turn(self) -> bool:
@@ -268,5 +294,5 @@ def worker_of(model: Any) -> Worker:
 
 
 _by_model: weakref.WeakKeyDictionary[Any, Worker] = weakref.WeakKeyDictionary()
-_finding = threading.RLock()
+_finding = guard(threading.RLock())
 _of_the_parent: list[object] = []

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from itertools import count
 from weakref import WeakSet
 
+from .device_memory import out_of_memory
 from .errors import OptionError
+from .lifetimes import guard
 from .target.base import KeptTarget
+from .target.eager import PREFILL_CHUNK
 
 KV_BYTES = 1 << 30
 """Keys and values kept in the process unless `$OUROBOROS_KV_BYTES` or `limit_kv_bytes` says otherwise."""
@@ -61,11 +64,14 @@ class Workspace:
             None if draft is None else draft.fork(draft.common_prefix(token_ids)),
         )
 
-    def read(self, token_ids: Sequence[int], draft_limit: int | None) -> None:
-        """Read a text and no more; the draft model only its first `draft_limit` tokens, where that is its context."""
+    def reading(self, token_ids: Sequence[int], draft_limit: int | None) -> Iterator[bool]:
+        """Read a text and no more, a step a chunk, each of which yields False; the draft model only its first
+        `draft_limit` tokens, where that is its context."""
         for target in self.targets:
             text = token_ids if target is self.target else token_ids[:draft_limit]
-            target.prefill(text)
+            for end in (*chunk_ends(target, text), len(text)):
+                target.prefill(text[:end])
+                yield False
             target.keep((0,))
             target.shrink(len(text))
 
@@ -74,6 +80,16 @@ class Workspace:
         for target in self.targets:
             target.shrink(target.reach(length))
         self.rest()
+
+
+def chunk_ends(target: KeptTarget, text: Sequence[int]) -> Sequence[int]:
+    """Where the chunks end in which a text is best read, its last one left out, so that others get in between.
+
+    The last token of each is read again by the next, because a pass leaves it pending.
+    """
+    if not target.can_rewind:
+        return ()
+    return range(target.common_prefix(text) + PREFILL_CHUNK, len(text), PREFILL_CHUNK - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +209,7 @@ class WorkspaceMemory:
         elif idle and not copies and 2 * shared >= found.length:
             return found
         else:
-            workspace = self._copied(shelf, found, token_ids, idle)
+            workspace = self._copied(shelf, found, token_ids, idle) or start()
         with self.lock:
             shelf.in_use.add(workspace)
             self.make_room()
@@ -214,9 +230,9 @@ class WorkspaceMemory:
             shelf.in_use.discard(workspace)
             if shelf.closed:
                 return
-            shelf.prefixes.pop(name, None)
             workspace.rest()
-            kept, size = self.usage().kept, workspace.nbytes
+            old = shelf.prefixes.get(name)
+            kept, size = self.usage().kept - (old.nbytes if old else 0), workspace.nbytes
             if kept + size > self.limit:
                 raise OptionError(
                     f"prefix {name!r} takes {size} bytes of keys and values, but of the limit of {self.limit} "
@@ -233,8 +249,10 @@ class WorkspaceMemory:
                 if over <= 0:
                     return
                 before = workspace.nbytes
-                workspace.shrink(workspace.length // 2 if cut else workspace.length)
-                if workspace.length < _SHORT and cut and workspace in shelf.idle:
+                if not _shrunk(workspace, workspace.length // 2 if cut else workspace.length):
+                    shelf.idle.remove(workspace)
+                    over -= before
+                elif workspace.length < _SHORT and cut and workspace in shelf.idle:
                     shelf.idle.remove(workspace)
                     over -= before
                 else:
@@ -251,10 +269,15 @@ class WorkspaceMemory:
             while workspace in shelf.idle:
                 yield shelf, workspace, True
 
-    def _copied(self, shelf: Shelf, found: Workspace, token_ids: Sequence[int], idle: bool) -> Workspace:
-        """A copy of what `found` has read of `token_ids`; if it was idle, nobody else has it meanwhile."""
+    def _copied(self, shelf: Shelf, found: Workspace, token_ids: Sequence[int], idle: bool) -> Workspace | None:
+        """A copy of what `found` has read of `token_ids`, or None where there is no memory for it; if it was idle,
+        nobody else has it meanwhile."""
         try:
             return found.fork(token_ids)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return None
         finally:
             if idle:
                 with self.lock:
@@ -278,6 +301,7 @@ def _checked(name: str, limit: object) -> int:
 
 
 MEMORY = WorkspaceMemory()
+guard(MEMORY.lock)
 """Of the whole process."""
 
 
@@ -293,3 +317,14 @@ def limit_kv_bytes(limit: int) -> None:
         OptionError: no whole number.
     """
     MEMORY.limit = limit
+
+
+def _shrunk(workspace: Workspace, length: int) -> bool:
+    """Cut a text; False where there is not even the memory for a smaller copy, and it had better go whole."""
+    try:
+        workspace.shrink(length)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    return True

@@ -202,7 +202,7 @@ class TestBench:
         assert list(json.loads(result.stdout)["categories"]) == ["letters"]
 
     def test_ctrl_c_leaves_a_partial_report(self, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        stopped_by(monkeypatch, KeyboardInterrupt(), forwards=75)
+        stopped_by(monkeypatch, KeyboardInterrupt(), tmp_path)
         result = bench(saved, tmp_path, "--methods", "plain,prompt_lookup", "--repeats", 20, "--json")
         assert result.exit_code == 130
         report = json.loads(result.stdout)
@@ -215,7 +215,7 @@ class TestBench:
     def test_any_other_end_leaves_a_partial_report_too(
         self, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        stopped_by(monkeypatch, RuntimeError("out of memory"), forwards=75)
+        stopped_by(monkeypatch, RuntimeError("out of memory"), tmp_path)
         result = bench(saved, tmp_path, "--methods", "plain", "--repeats", 20)
         assert isinstance(result.exception, RuntimeError)
         [folder] = tmp_path.iterdir()
@@ -270,13 +270,12 @@ class TestBench:
         assert all(one["logit_gap"] > 0 for one in row["differences"])
 
 
-def stopped_by(monkeypatch: pytest.MonkeyPatch, error: BaseException, *, forwards: int) -> None:
-    """The model that is loaded raises `error` in one of its forwards."""
-    load, count = models.load, [0]
+def stopped_by(monkeypatch: pytest.MonkeyPatch, error: BaseException, folder: Path) -> None:
+    """The model that is loaded raises `error` in a forward after the first answer has been written below `folder`."""
+    load = models.load
 
     def hook(*_: Any) -> None:
-        count[0] += 1
-        if count[0] == forwards:
+        if any(file.read_text() for file in folder.glob("*/answers.jsonl")):
             raise error
 
     def loading(*arguments: Any, **options: Any) -> Any:

@@ -299,7 +299,7 @@ def test_answers_join_and_leave_in_mid_flight(packs: list[list[int]]) -> None:
 
 
 def test_long_prompts_share_passes_as_far_as_they_fit(packs: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ouroboros_llm.turn.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("ouroboros_llm.workspaces.PREFILL_CHUNK", 16)
     monkeypatch.setattr(ouroboros_llm.target.packing, "PACK_TOKENS", 40)
     model = tiny_model()
     prompts = [f"{number}" * 100 for number in range(4)]

@@ -35,6 +35,7 @@ from ouroboros_llm.device_memory import free_bytes, needed_bytes, out_of_memory,
 from ouroboros_llm.memory_pool import MemorySource
 from ouroboros_llm.target.cache import SlotLayer
 from ouroboros_llm.target.eager import EagerTarget
+from ouroboros_llm.target.packing import Packer
 from ouroboros_llm.target.prepared import prepare
 
 PATIENCE = 120
@@ -177,7 +178,8 @@ def test_a_short_answer_behind_a_long_one_comes_first(tiny_ouroboros: Ouroboros)
 
 
 def test_a_long_prompt_does_not_hold_up_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ouroboros_llm.turn.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("ouroboros_llm.workspaces.PREFILL_CHUNK", 16)
+    monkeypatch.setattr(Packer, "make", lambda _, wanted: {wanted[0]: None})  # each pass by itself, to be counted
     widths: list[int] = []
     forward = EagerTarget._forward
 

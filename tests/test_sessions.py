@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from ouroboros_llm import (
     DecodingOptions,
     KVUsage,
+    MemoryLimitError,
     OptionError,
     Ouroboros,
     PromptError,
@@ -426,6 +427,30 @@ def test_room_is_made_on_demand(tiny_ouroboros: Ouroboros) -> None:
     assert tiny_ouroboros.kv_usage.idle == 0
 
 
+def out_of_memory(*_: Any) -> Any:
+    raise torch.OutOfMemoryError("out of memory")
+
+
+def test_what_cannot_even_be_cut_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    ouroboros, memory = bounded(10**6)
+    with ouroboros:
+        check(ouroboros, SYSTEM, "a")
+        monkeypatch.setattr(EagerTarget, "shrink", out_of_memory)
+        memory.limit = 10
+        assert memory.usage().total == 0
+        monkeypatch.undo()
+        assert check(ouroboros, SYSTEM, "a")[1] == 0
+
+
+def test_where_no_copy_can_be_had_the_prompt_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    with make() as ouroboros:
+        check(ouroboros, SYSTEM)
+        monkeypatch.setattr(EagerTarget, "fork", out_of_memory)
+        short = [*SYSTEM[:30], 9]
+        assert check(ouroboros, short)[1] == 0
+        assert check(ouroboros, SYSTEM)[1] == len(SYSTEM) - 1, "what could not be copied is still there"
+
+
 # Kept prefixes.
 
 
@@ -487,6 +512,35 @@ def test_prefixes_that_do_not_fit_are_refused() -> None:
     for prompt in ("", [999_999]):
         with pytest.raises(PromptError):
             ouroboros.keep_prefix(prompt)
+
+
+def test_a_prefix_that_is_refused_leaves_the_one_of_its_name() -> None:
+    ouroboros, _ = bounded(2 * 2 * 2 * 8 * 4 * 100)
+    with ouroboros:
+        ouroboros.keep_prefix(SYSTEM, scope="c", name="one")
+        with pytest.raises(OptionError, match="prefix 'one' takes 40960 bytes .* other prefixes keep 0"):
+            ouroboros.keep_prefix(SYSTEM * 2, scope="c", name="one")
+        assert check(ouroboros, [*SYSTEM, 9])[1] == len(SYSTEM)
+
+
+def test_a_prefix_that_the_device_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ouroboros_llm.device_memory.free_bytes", lambda _: 1000)
+    with make() as ouroboros:
+        with pytest.raises(MemoryLimitError, match="80 tokens of prompt and output need"):
+            ouroboros.keep_prefix(SYSTEM, scope="c")
+        assert ouroboros.kv_usage.total == 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bamba_plain"])
+def test_a_prefix_is_read_between_the_steps_of_others(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ouroboros_llm.workspaces.PREFILL_CHUNK", 16)
+    with make(architecture) as ouroboros:
+        answer = ouroboros.stream("a", scope="a", options=DecodingOptions(max_new_tokens=200))
+        next(answer)
+        assert ouroboros.keep_prefix(SYSTEM, scope="c") == len(SYSTEM)
+        assert next(answer).result is None, "the answer had not to end first"
+        answer.close()
+        assert check(ouroboros, [*SYSTEM, 9])[1] == len(SYSTEM)
 
 
 def test_a_kept_prefix_helps_the_draft_model_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -681,7 +735,7 @@ def test_a_write_that_fails_leaves_the_old_file(saved: Path, monkeypatch: pytest
             raise OSError(28, "no space left")
 
         monkeypatch.setattr("ouroboros_llm.snapshot.os.replace", fails)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(SnapshotError, match="no space left"):
             ouroboros.save_session("c", saved)
     assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
 

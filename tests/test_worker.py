@@ -289,6 +289,52 @@ def test_settling_waits_for_what_was_closed(worker: Worker, log: Log) -> None:
     assert (log.closed, done) == (["closed"], ["after"])
 
 
+def test_settling_takes_no_place() -> None:
+    worker, log = Worker(max_active=1), Log()
+    worker.submit(request := log.request("endless", 10**9))
+    until(lambda: log.steps)
+    settled = threading.Thread(target=worker.settle, daemon=True)
+    settled.start()
+    settled.join(PATIENCE)
+    assert not settled.is_alive() and not request.ended.is_set()
+    request.closed = True
+    worker.retire()
+    worker.join(PATIENCE)
+
+
+def test_an_error_outside_of_steps_ends_all_and_the_next_starts_anew(
+    worker: Worker, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise ZeroDivisionError("of the worker's own")
+
+    requests = [log.request(name, 10**9, after=lambda: None) for name in "ab"]
+    for request in requests:
+        worker.submit(request)
+    until(lambda: {*log.steps} == {*"ab"})
+    monkeypatch.setattr(worker, "_admit", fails)
+    for request in requests:
+        with pytest.raises(ZeroDivisionError, match="of the worker's own"):
+            list(arrivals(request))
+    assert sorted(log.closed) == ["a", "b"]
+    until(lambda: not worker.requests)
+    monkeypatch.undo()
+    assert worker.run(log.request("c", 3).steps) == "c!"
+
+
+def test_running_waits_for_the_result_and_raises_what_was_raised(worker: Worker, log: Log) -> None:
+    def fails() -> Steps[str]:
+        yield None
+        raise ZeroDivisionError("in a step")
+
+    worker.submit(other := log.request("other", 10**9))
+    assert worker.run(log.request("mine", 5).steps) == "mine!"
+    with pytest.raises(ZeroDivisionError, match="in a step"):
+        worker.run(fails())
+    assert worker.requests == 1
+    other.closed = True
+
+
 def test_a_step_must_not_wait_for_another_request(worker: Worker, log: Log) -> None:
     def steps() -> Steps[str]:
         worker.submit(log.request("inner", 1))
@@ -404,6 +450,58 @@ print("fine")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE * 2)
     assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_threads_fork_at_once_and_children_find_locks_free() -> None:
+    code = """
+import os, threading
+from ouroboros_llm.request import Request
+from ouroboros_llm.worker import Worker
+from ouroboros_llm.workspaces import MEMORY
+
+def steps():
+    for _ in range(3):
+        yield None
+    return "end"
+
+workers, stop, wrong = [Worker() for _ in range(5)], threading.Event(), []
+
+def busy():
+    while not stop.is_set():
+        with MEMORY.lock:
+            sum(range(1000))
+        workers.append(Worker())
+        del workers[5:]
+
+def fork():
+    for _ in range(15):
+        child = os.fork()
+        if child == 0:
+            # A lock that another thread of the parent held would never be free here.
+            free = []
+            def take():
+                with MEMORY.lock:
+                    free.append(True)
+            taker = threading.Thread(target=take, daemon=True)
+            taker.start()
+            taker.join(20)
+            os._exit(0 if free and workers[0].run(steps()) == "end" else 1)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            wrong.append(child)
+
+threading.Thread(target=busy, daemon=True).start()
+forking = [threading.Thread(target=fork) for _ in range(3)]
+for thread in forking:
+    thread.start()
+for thread in forking:
+    thread.join()
+stop.set()
+assert workers[1].run(steps()) == "end"
+print(len(wrong))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE * 4)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 
 @pytest.mark.parametrize("state", ["idle", "running", "paused"])

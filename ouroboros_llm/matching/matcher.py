@@ -35,6 +35,7 @@ class Matcher:
         source = _source(grammar, vocabulary)
         if fault := _fault(source, vocabulary):
             raise OptionError(_explained(grammar, fault))
+        self._lock = threading.Lock()  # the library's states may not be used by two threads at once
         self._state: Any = library().LLMatcher(vocabulary.tokenizer, source, log_level=0)
         if self._state.is_error():
             raise OptionError(_explained(grammar, _first_line(self._state.get_error())))
@@ -44,13 +45,14 @@ class Matcher:
 
     def state(self) -> Any:
         """A state of the library's at the beginning of the text."""
-        return self._state.deep_copy()
+        with self._lock:
+            return self._state.deep_copy()
 
     def shortest(self, limit: int) -> tuple[int, ...]:
         """A shortest text of the grammar, as far as was found. Raises OptionError if it needs more than `limit`
         tokens, the end token among them."""
         if self._tried < limit and (self._shortest is None or len(self._shortest) >= limit):
-            found = self.ending.way(self._state, limit - 1, _TRIES)
+            found = self.ending.way(self.state(), limit - 1, _TRIES)
             self._shortest, self._tried = found or self._shortest, limit
         if self._shortest is None:
             raise OptionError(f"no text of the grammar was found that ends within max_new_tokens={limit}; raise it")

@@ -60,7 +60,7 @@ class PackTimes:
     def _surplus_of(self, kind: Kind) -> float:
         """In logarithms; of kinds that have not been seen, that of the most similar one that has."""
         if kind not in self._surplus:
-            similar = [known for known in self._surplus if known[0] == kind[0]]
+            similar = [known for known in list(self._surplus) if known[0] == kind[0]]
             distances = [abs(known[1] - kind[1]) + abs(known[2] - kind[2]) for known in similar]
             return self._surplus[similar[distances.index(min(distances))]] if similar else 0.0
         return self._surplus[kind]

@@ -88,13 +88,13 @@ class Packer:
             began = perf_counter()
             try:
                 logits = _forward(targets, passes)
+                _wait_for(logits[0])
+                seconds = perf_counter() - began
+                self.times.add(*size, seconds)
             except BaseException:
                 for target in targets:
                     target.rewind(len(target.token_ids))
                 raise
-            _wait_for(logits[0])
-            seconds = perf_counter() - began
-            self.times.add(*size, seconds)
         for wanted in passes:
             wanted.seconds = seconds
         return logits
