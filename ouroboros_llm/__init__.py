@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .options import DecodingOptions
     from .ouroboros import Ouroboros
     from .phrases import Phrase, PhrasePool, PoolSource
+    from .scopes import ouroboros_scope
     from .statistics import DecodingStatistics, GenerationResult, Piece, Usage
     from .stream import Stream
     from .workspaces import KVUsage, kv_usage, limit_kv_bytes
@@ -66,6 +67,7 @@ __all__ = [
     "documents_pool",
     "kv_usage",
     "limit_kv_bytes",
+    "ouroboros_scope",
     "read_documents",
 ]
 
@@ -95,6 +97,7 @@ _MODULES = {
     "Phrase": "phrases",
     "PhrasePool": "phrases",
     "PoolSource": "phrases",
+    "ouroboros_scope": "scopes",
     "DecodingStatistics": "statistics",
     "GenerationResult": "statistics",
     "Piece": "statistics",

@@ -23,6 +23,7 @@ from .memory_pool import MemorySource
 from .options import DecodingOptions, check_whole, spread
 from .phrases import PhrasePool, PoolSource, check_scope, check_scopes
 from .request import Request, Steps
+from .scopes import current_scope
 from .session import Session, Sessions
 from .sources import flush, open_pool, open_source
 from .statistics import GenerationResult, Piece
@@ -246,7 +247,7 @@ class Ouroboros:
 
         Args:
             prompt: text (taken as it is), chat messages (through the chat template) or token ids.
-            scope: whose phrases to use and to add to; None: `conversation:default`.
+            scope: whose phrases to use and to add to; None: that of `ouroboros_scope`, else `conversation:default`.
             read_scopes: further scopes to read, in order. Nothing else is ever read.
             options: sampling, lengths, limits and stop strings; None: greedy.
             tools: function schemas for the chat template.
@@ -262,7 +263,7 @@ class Ouroboros:
             raise OptionError(f"options must be DecodingOptions or None, but got {type(options).__name__}")
         fitted = self._fit(prompt, tools, options)
         constraint = constraint_for(options.grammar, self.model, self.tokenizer, len(fitted.token_ids), fitted.limit)
-        session = self._sessions.open(check_scope(DEFAULT_SCOPE if scope is None else scope))
+        session = self._sessions.open(_settled(scope))
         # Here and not in a step, which others wait for: a database may take its time.
         write, *read = [
             open_pool(self.store, name, self.fingerprint) for name in (session.scope, *check_scopes(read_scopes))
@@ -461,7 +462,7 @@ class Ouroboros:
 
     def _session(self, scope: str | None) -> Session:
         """The session of a scope as it is now."""
-        session = self._sessions.open(check_scope(DEFAULT_SCOPE if scope is None else scope))
+        session = self._sessions.open(_settled(scope))
         return self._current(session, open_pool(self.store, session.scope, self.fingerprint))
 
     def _current(self, session: Session, pool: PhrasePool) -> Session:
@@ -499,3 +500,8 @@ class Ouroboros:
         )
         self._checked(fitted.token_ids)
         return fitted
+
+
+def _settled(scope: str | None) -> str:
+    """The scope of a call. Raises OptionError where it is no name."""
+    return check_scope(scope if scope is not None else current_scope() or DEFAULT_SCOPE)

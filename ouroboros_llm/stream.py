@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from contextvars import copy_context
 from functools import partial
 from queue import Empty
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from .request import End, Request
 from .statistics import GenerationResult, Piece
@@ -184,3 +184,22 @@ async def off_the_loop(start: Callable[[], Iterator[Piece]]) -> AsyncGenerator[P
             # A cancelled `await` leaves its round running in the thread. One thread means that closing comes after it.
             thread.submit(pieces.close)
         thread.shutdown(wait=False)
+
+
+def shown(stream: Iterator[Piece]) -> Generator[Piece]:
+    """The pieces that hold text, and the last one. Closing it closes `stream`, which ends the decoding."""
+    pieces = cast("Generator[Piece]", stream)
+    try:
+        for piece in pieces:
+            if piece.text or piece.result is not None:
+                yield piece
+    finally:
+        pieces.close()
+
+
+async def ashown(stream: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
+    """As `shown`."""
+    async with aclosing(stream) as pieces:
+        async for piece in pieces:
+            if piece.text or piece.result is not None:
+                yield piece

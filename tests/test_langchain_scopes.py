@@ -18,7 +18,7 @@ from test_langchain import CLASSES, Listener
 
 from langchain_ouroboros import ChatOuroboros, OuroborosLLM
 from langchain_ouroboros._scopes import FoundScopes, found_scopes
-from ouroboros_llm import Ouroboros
+from ouroboros_llm import Ouroboros, ouroboros_scope
 
 CONFIG: Any = {"configurable": {"thread_id": "42"}}
 PROMPT = ChatPromptTemplate.from_messages([("human", "{text}")])
@@ -154,6 +154,18 @@ def test_the_call_wins_over_the_model_and_the_model_over_the_config(kind: Any) -
     kind(ouroboros=speaker).invoke("hi", CONFIG)
     kind(ouroboros=speaker).invoke("hi")
     assert names(speaker) == ["theirs", "mine", "conversation:42", None]
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+async def test_a_named_scope_stands_between_the_call_and_the_model(kind: Any) -> None:
+    speaker = Speaker("Yes.")
+    with ouroboros_scope("here"):
+        kind(ouroboros=speaker, scope="mine").bind(scope="theirs").invoke("hi", CONFIG)
+        kind(ouroboros=speaker, scope="mine").invoke("hi", CONFIG)
+        await kind(ouroboros=speaker, scope="mine").ainvoke("hi", CONFIG)
+        await gathered(kind(ouroboros=speaker).astream("hi", CONFIG))
+        kind(ouroboros=speaker).batch(["hi", "ho"], CONFIG)
+    assert names(speaker) == ["theirs", *["here"] * 5]
 
 
 @pytest.mark.parametrize("kind", CLASSES)

@@ -22,8 +22,9 @@ from pydantic import BaseModel, Field
 from speaker import HERMES, THINKING, Speaker, call
 from typing_extensions import TypedDict
 
-from langchain_ouroboros import ChatOuroboros, _grammar
+from langchain_ouroboros import ChatOuroboros
 from ouroboros_llm import OptionError, Ouroboros
+from ouroboros_llm.replies import forms
 
 
 @tool
@@ -70,7 +71,7 @@ def names_of(asked: dict[str, Any]) -> list[str]:
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> None:
     """As without grammars: replies are merely asked to have a form."""
-    monkeypatch.setattr(_grammar, "connected", lambda: False)
+    monkeypatch.setattr(forms, "connected", lambda: False)
 
 
 # --- what the model is told ---

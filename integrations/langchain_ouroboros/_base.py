@@ -187,6 +187,8 @@ class OuroborosFields(BaseLanguageModel[Any]):
         for name in settings.keys() - CALL_SETTINGS:
             raise OptionError(f"a call takes no argument {name!r}; {_hint(name, CALL_SETTINGS)}")
         call = self.model_copy(update=settings)
+        if settings.get("scope") is None:
+            call.scope = found.named or call.scope
         return (call._checked() if settings else call)._settled(found)
 
     def _settled(self, found: FoundScopes) -> Self:

@@ -10,6 +10,7 @@ from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMe
 from ouroboros_llm import PromptError
 from ouroboros_llm.replies import InvalidToolCall, ToolCall, template_tool_calls
 from ouroboros_llm.replies.templates import ArgumentsForm
+from ouroboros_llm.replies.turns import merged_turns
 
 _ROLES: tuple[tuple[type[BaseMessage], str], ...] = (
     (SystemMessage, "system"),
@@ -24,27 +25,13 @@ _REASONING_BLOCKS = frozenset({"reasoning", "reasoning_content", "thinking", "re
 def to_dicts(messages: Sequence[BaseMessage], form: ArgumentsForm | None = "object") -> list[dict[str, Any]]:
     """Messages as `{"role", "content"}` dictionaries, those in a row by the same speaker merged.
 
-    Many chat templates insist that speakers alternate. Answers of tools stay apart: each belongs to a call of its own.
-
     Args:
         form: how the chat template wants the arguments of calls (`arguments_form`).
 
     Raises:
         PromptError: a message holds something other than text, or is of a kind that no chat template knows.
     """
-    merged: list[dict[str, Any]] = []
-    names: dict[str | None, str] = {}
-    for message in messages:
-        current = _to_dict(message, form)
-        if isinstance(message, AIMessage):
-            names |= {call["id"]: call["name"] for call in message.tool_calls}
-        if isinstance(message, ToolMessage) and message.tool_call_id in names:
-            current.setdefault("name", names[message.tool_call_id])  # some templates want it
-        if merged and current["role"] == merged[-1]["role"] != "tool":
-            merged[-1] = _merge(merged[-1], current)
-        else:
-            merged.append(current)
-    return merged
+    return merged_turns(_to_dict(message, form) for message in messages)
 
 
 def call_ids(messages: Sequence[BaseMessage]) -> list[str | None]:
@@ -65,15 +52,6 @@ def _to_dict(message: BaseMessage, form: ArgumentsForm | None) -> dict[str, Any]
         if reasoning := _reasoning(message):
             current["reasoning_content"] = reasoning
     return current
-
-
-def _merge(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
-    merged = {**left, "content": "\n".join(filter(None, (left["content"], right["content"])))}
-    if left.get("name") != right.get("name"):
-        merged.pop("name", None)  # the text is no longer one speaker's
-    if calls := [*left.get("tool_calls", ()), *right.get("tool_calls", ())]:
-        merged["tool_calls"] = calls
-    return merged
 
 
 def _role(message: BaseMessage) -> str:

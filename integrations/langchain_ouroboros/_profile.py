@@ -7,8 +7,7 @@ from typing import Any
 from langchain_core.language_models import ModelProfile
 
 from ouroboros_llm.models import local_context_length
-
-from ._exchange import habits_of
+from ouroboros_llm.replies.habits import habits_of
 
 
 def profile_of(model: str, ouroboros: Any) -> ModelProfile:

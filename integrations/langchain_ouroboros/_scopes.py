@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig, ensure_config
 
-from ouroboros_llm import OptionError
-from ouroboros_llm.phrases import check_scope
+from ouroboros_llm.scopes import current_scope, scope_of
 
 SCOPES = "_ouroboros_scopes"
 """The keyword under which `invoke` and its like hand down what they found in their config, which does not reach
@@ -25,13 +23,14 @@ class FoundScopes:
 
     conversation: str | None = None
     agent: str | None = None
+    named: str | None = None
+    """By `ouroboros_scope`."""
 
 
 def found_scopes(config: RunnableConfig | None = None) -> FoundScopes:
     """What a config and the run around it say: ids of a conversation, and the agent's name.
 
-    An id is data: whatever it is, its scope begins with `conversation:`, so that nobody gets into another scope by
-    choosing an id. An agent without a name is called by its place in the graph, which is the same in every run.
+    An agent without a name is called by its place in the graph, which is the same in every run.
     """
     here, around = ensure_config(config), ensure_config()
     configurable = [here.get("configurable", {}), around.get("configurable", {})]
@@ -41,7 +40,9 @@ def found_scopes(config: RunnableConfig | None = None) -> FoundScopes:
     name = next(_given(metadata, ("lc_agent_name",)), "")
     node = next(_given(metadata, ("langgraph_node",)), "")
     agent = name or _place(next(_given(places, ("checkpoint_ns",)), "")) or node
-    return FoundScopes(_name("conversation", id) if id else None, _name("agent", agent) if agent else None)
+    return FoundScopes(
+        scope_of("conversation", id) if id else None, scope_of("agent", agent) if agent else None, current_scope()
+    )
 
 
 def _given(places: list[Any], keys: tuple[str, ...]) -> Iterator[str]:
@@ -53,11 +54,3 @@ def _given(places: list[Any], keys: tuple[str, ...]) -> Iterator[str]:
 def _place(namespace: str) -> str:
     """`team|model` for `team:<task id>|model:<task id>`, as LangGraph names where a node runs."""
     return "|".join(part.partition(":")[0] for part in namespace.split("|") if part)
-
-
-def _name(kind: str, id: str) -> str:
-    scope = f"{kind}:{id}"
-    try:
-        return check_scope(scope)
-    except OptionError:  # too long, or not printable
-        return f"{kind}:sha256-{sha256(id.encode('utf-8', 'surrogatepass')).hexdigest()}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -21,13 +22,17 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from typing_extensions import override
 
 from ouroboros_llm import GenerationResult, Usage
+from ouroboros_llm.replies.asked import REPLY_SETTINGS, Asked, choice_of
+from ouroboros_llm.replies.exchange import prompt_of, template_tools
+from ouroboros_llm.replies.habits import habits_of
 
 from ._base import SCOPE_SETTINGS, SPEED_SETTINGS, OuroborosFields
-from ._exchange import Exchange, habits_of, prompt_of, template_tools
+from ._exchange import Exchange
+from ._messages import to_dicts
 from ._profile import profile_of
 from ._scopes import SCOPES
 from ._structured import Method, structured
-from ._tools import REPLY_SETTINGS, AnyTool, Asked, asked, choice_of, openai_tools
+from ._tools import AnyTool, asked, openai_tools
 
 _UNTRACED = SCOPE_SETTINGS | {SCOPES}
 _UNCACHED = _UNTRACED | SPEED_SETTINGS | {"stream"}
@@ -367,7 +372,8 @@ class ChatOuroboros(OuroborosFields, BaseChatModel):
         """Tokens of `messages` as a prompt, the chat template's own and those of `tools` included."""
         ouroboros, offered = self._loaded(), Asked(tools=openai_tools(tools or ()))
         habits = habits_of(ouroboros)
-        return len(ouroboros.encode(prompt_of(messages, offered, habits), tools=template_tools(offered, habits)))
+        prompt = prompt_of(partial(to_dicts, messages), offered, habits)
+        return len(ouroboros.encode(prompt, tools=template_tools(offered, habits)))
 
 
 def _settled(exchange: Exchange, result: ChatResult) -> ChatResult:

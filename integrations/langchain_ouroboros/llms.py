@@ -19,10 +19,9 @@ from langchain_core.runnables.config import ContextThreadPoolExecutor, get_confi
 from typing_extensions import override
 
 from ouroboros_llm import OptionError, Piece, Usage
-from ouroboros_llm.stream import off_the_loop
+from ouroboros_llm.stream import ashown, off_the_loop, shown
 
 from ._base import OuroborosFields
-from ._pieces import ashown, shown
 from ._scopes import found_scopes
 
 _Manager = TypeVar("_Manager")

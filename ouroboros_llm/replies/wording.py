@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ouroboros_llm.replies import ReplyFormat, ToolCall
+from .formats import ReplyFormat
+from .reply import ToolCall
 
 _TOOLS = """You can call these functions, given as JSON Schemas:
 {tools}

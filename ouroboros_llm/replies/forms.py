@@ -1,29 +1,28 @@
-"""Where replies that must have a form meet the decoder's grammars; nothing else here knows of them."""
+"""Where replies that must have a form meet the decoder's grammars."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from ouroboros_llm.replies import ReplyFormat
+from ..grammar import Grammar
+from .formats import ReplyFormat
 
-_MODULE = "ouroboros_llm.grammar"
 _OBJECT_FRAME = (re.compile(r'(.*)\{"(\w+)": "', re.DOTALL), re.compile(r'", "(\w+)": '))
 
 
 def connected() -> bool:
     """Whether the decoder can keep to a grammar."""
-    return find_spec(_MODULE) is not None and find_spec("llguidance") is not None
+    return find_spec("llguidance") is not None
 
 
 def json_options(schema: Mapping[str, Any], *, before: str = "", after: str = "") -> dict[str, Any]:
     """Options of a reply that is one JSON value of `schema` between two texts. Empty without grammars."""
     if not connected():
         return {}
-    return {"grammar": import_module(_MODULE).Grammar.json_schema(schema, before=before, after=after)}
+    return {"grammar": Grammar.json_schema(schema, before=before, after=after)}
 
 
 def call_options(format: ReplyFormat, tools: Sequence[Mapping[str, Any]], *, begun: str = "") -> dict[str, Any]:

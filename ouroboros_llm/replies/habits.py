@@ -1,0 +1,43 @@
+"""What a model's chat template takes, and how its replies are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from .families import format_of
+from .formats import ReplyFormat
+from .templates import ArgumentsForm, arguments_form
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What a model's chat template takes, and how its replies are read."""
+
+    format: ReplyFormat = ReplyFormat()
+    form: ArgumentsForm | None = "object"
+    takes_tools: bool = True
+
+    @property
+    def begins_replies(self) -> bool:
+        """Whether the reply may begin in the prompt."""
+        kinds = {section.kind for section in self.format.sections}
+        return self.format.response_template is not None or not kinds.isdisjoint({"reasoning", "header"})
+
+
+_habits: WeakKeyDictionary[Any, tuple[Any, Habits]] = WeakKeyDictionary()
+
+
+def habits_of(ouroboros: Any) -> Habits:
+    """The habits of a loaded model."""
+    tokenizer = getattr(ouroboros, "tokenizer", None)
+    if tokenizer is None:
+        return Habits()
+    template = tokenizer.chat_template or ""
+    known, habits = _habits.get(tokenizer, (None, Habits()))
+    if known != template:
+        texts = template if isinstance(template, str) else "\n".join(template.values())
+        habits = Habits(format_of(tokenizer), arguments_form(tokenizer), "tools" in texts)
+        _habits[tokenizer] = template, habits
+    return habits
