@@ -184,14 +184,14 @@ class TestMethods:
     def test_metadata_is_true_to_the_model(self, scripted: ScriptedOuroboros, llm: OuroborosLLM) -> None:
         metadata = llm.metadata
         assert (metadata.context_window, metadata.num_output, metadata.model_name) == (2048, 512, "scripted")
-        assert metadata.is_chat_model and not metadata.is_function_calling_model
+        assert metadata.is_chat_model and metadata.is_function_calling_model
         scripted.model.generation_config.max_new_tokens = 100
         assert llm.metadata.num_output == 100
         assert OuroborosLLM(ouroboros=scripted, max_tokens=30).metadata.num_output == 30
         assert OuroborosLLM(ouroboros=scripted, context_window=150).metadata.context_window == 150
         assert OuroborosLLM(ouroboros=scripted, context_window=150).metadata.num_output == 75
         scripted.tokenizer.chat_template = scripted.context_length = None
-        assert not llm.metadata.is_chat_model
+        assert not llm.metadata.is_chat_model and not llm.metadata.is_function_calling_model
         assert llm.metadata.context_window == 3900
 
 

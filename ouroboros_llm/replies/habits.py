@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from transformers import PreTrainedTokenizerBase
+
 from .families import format_of
 from .formats import ReplyFormat
 from .templates import ArgumentsForm, arguments_form
@@ -32,7 +34,7 @@ _habits: WeakKeyDictionary[Any, tuple[Any, Habits]] = WeakKeyDictionary()
 def habits_of(ouroboros: Any) -> Habits:
     """The habits of a loaded model."""
     tokenizer = getattr(ouroboros, "tokenizer", None)
-    if tokenizer is None:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
         return Habits()
     template = tokenizer.chat_template or ""
     known, habits = _habits.get(tokenizer, (None, Habits()))

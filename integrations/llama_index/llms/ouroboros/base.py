@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as default_messages_to_prompt
 from llama_index.core.base.llms.types import (
@@ -17,18 +16,21 @@ from llama_index.core.base.llms.types import (
     CompletionResponseGen,
 )
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.llm import default_completion_to_prompt
+from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
+from llama_index.core.tools.types import BaseTool
 
-from ouroboros_llm import DecodingOptions, Piece
-from ouroboros_llm.stream import off_the_loop
-
-from .configuration import ConfiguredLLM
-from .prompts import Prompt, chat_messages
+from .asking import Asking
+from .prompts import Prompt
 from .responses import chat_response, completion_response
-from .streams import AsyncPieces, Pieces, aclosed_with, acumulative, ain_full, closed_with, cumulative, in_full
+from .streams import aclosed_with, acumulative, ain_full, closed_with, cumulative, in_full
+from .structured import StructuredPrediction
+from .tools import asked, openai_tools, selections
+
+if TYPE_CHECKING:
+    from llama_index.core.chat_engine.types import AgentChatResponse
 
 
-class OuroborosLLM(ConfiguredLLM):
+class OuroborosLLM(StructuredPrediction):
     """Ouroboros LLM: a local Hugging Face model that answers several times faster without changing a token.
 
     It remembers what it wrote, per conversation and across restarts, guesses that it comes again, and lets the model
@@ -69,63 +71,145 @@ class OuroborosLLM(ConfiguredLLM):
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        return in_full(self._pieces(self._completion_prompt(prompt, formatted), kwargs), completion_response)
+        return in_full(self._asking(self._completion_prompt(prompt, formatted), kwargs), completion_response)
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        return in_full(self._pieces(self._chat_prompt(messages), kwargs), chat_response)
+        return in_full(self._asking(self._chat_prompt(messages), kwargs), chat_response)
 
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
-        pieces = self._pieces(self._completion_prompt(prompt, formatted), kwargs)
+        asking = self._asking(self._completion_prompt(prompt, formatted), kwargs)
+        pieces = asking.pieces()
 
         @llm_completion_callback()
         def respond(llm: OuroborosLLM, prompt: str, **kwargs: Any) -> CompletionResponseGen:
-            return cumulative(pieces, completion_response)
+            return cumulative(asking, pieces, completion_response)
 
         return closed_with(respond(self, prompt, formatted=formatted, **kwargs), pieces)
 
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        pieces = self._pieces(self._chat_prompt(messages), kwargs)
+        asking = self._asking(self._chat_prompt(messages), kwargs)
+        pieces = asking.pieces()
 
         @llm_chat_callback()
         def respond(llm: OuroborosLLM, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-            return cumulative(pieces, chat_response)
+            return cumulative(asking, pieces, chat_response)
 
         return closed_with(respond(self, messages, **kwargs), pieces)
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        pieces = self._apieces(self._completion_prompt(prompt, formatted), kwargs)
-        return await ain_full(pieces, completion_response)
+        return await ain_full(self._asking(self._completion_prompt(prompt, formatted), kwargs), completion_response)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        return await ain_full(self._apieces(self._chat_prompt(messages), kwargs), chat_response)
+        return await ain_full(self._asking(self._chat_prompt(messages), kwargs), chat_response)
 
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
-        pieces = self._apieces(self._completion_prompt(prompt, formatted), kwargs)
+        asking = self._asking(self._completion_prompt(prompt, formatted), kwargs)
+        pieces = asking.apieces()
 
         @llm_completion_callback()
         async def respond(llm: OuroborosLLM, prompt: str, **kwargs: Any) -> CompletionResponseAsyncGen:
-            return acumulative(pieces, completion_response)
+            return acumulative(asking, pieces, completion_response)
 
         return aclosed_with(await respond(self, prompt, formatted=formatted, **kwargs), pieces)
 
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        pieces = self._apieces(self._chat_prompt(messages), kwargs)
+        asking = self._asking(self._chat_prompt(messages), kwargs)
+        pieces = asking.apieces()
 
         @llm_chat_callback()
         async def respond(llm: OuroborosLLM, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-            return acumulative(pieces, chat_response)
+            return acumulative(asking, pieces, chat_response)
 
         return aclosed_with(await respond(self, messages, **kwargs), pieces)
 
+    def _prepare_chat_with_tools(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,
+        allow_parallel_tool_calls: bool = False,
+        tool_required: bool = False,
+        tool_choice: str | bool | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        messages = list(chat_history or ())
+        if user_msg is not None:
+            messages.append(ChatMessage(user_msg) if isinstance(user_msg, str) else user_msg)
+        if tools or tool_required:
+            kwargs["tools"] = list(openai_tools(tools))
+            kwargs["tool_choice"] = "required" if tool_required and tool_choice is None else tool_choice
+            kwargs["parallel_tool_calls"] = allow_parallel_tool_calls
+        return {"messages": messages, **kwargs}
+
+    def get_tool_calls_from_response(
+        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
+    ) -> list[ToolSelection]:
+        """The calls of a response, which may be one of a stream.
+
+        Raises:
+            ValueError: there is none, and that is an error.
+        """
+        found = selections(response)
+        if error_on_no_tool_call and not found:
+            said = response.message.content or ""
+            raise ValueError(f"Expected at least one tool call, but the model said: {said!r:.200}")
+        return found
+
+    def predict_and_call(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,
+        allow_parallel_tool_calls: bool = False,
+        error_on_no_tool_call: bool = True,
+        error_on_tool_error: bool = False,
+        **kwargs: Any,
+    ) -> AgentChatResponse:
+        """See `FunctionCallingLLM.predict_and_call`. A call is forced where none would be an error."""
+        return super().predict_and_call(
+            tools,
+            user_msg,
+            chat_history,
+            verbose,
+            allow_parallel_tool_calls,
+            error_on_no_tool_call,
+            error_on_tool_error,
+            **_forcing(kwargs, error_on_no_tool_call),
+        )
+
+    async def apredict_and_call(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,
+        allow_parallel_tool_calls: bool = False,
+        error_on_no_tool_call: bool = True,
+        error_on_tool_error: bool = False,
+        **kwargs: Any,
+    ) -> AgentChatResponse:
+        """As `predict_and_call`."""
+        return await super().apredict_and_call(
+            tools,
+            user_msg,
+            chat_history,
+            verbose,
+            allow_parallel_tool_calls,
+            error_on_no_tool_call,
+            error_on_tool_error,
+            **_forcing(kwargs, error_on_no_tool_call),
+        )
+
     def _chat_prompt(self, messages: Sequence[ChatMessage]) -> Prompt:
-        assert self.messages_to_prompt is not None  # a validator sets it
-        text = self.messages_to_prompt(messages)
-        if self.messages_to_prompt is not default_messages_to_prompt:
-            return Prompt(text)
-        return Prompt(text, chat_messages(messages))
+        formatter = self.messages_to_prompt
+        assert formatter is not None  # a validator sets it
+        templated = formatter is default_messages_to_prompt
+        return Prompt(messages=messages, formatter=formatter, templated=templated)
 
     def _completion_prompt(self, prompt: str, formatted: bool) -> Prompt:
         """The system prompt goes where `predict` puts it: a message of its own, or in front of the text."""
@@ -135,33 +219,13 @@ class OuroborosLLM(ConfiguredLLM):
         text = self._extend_prompt(self.completion_to_prompt(prompt))
         if self.completion_to_prompt is not default_completion_to_prompt:
             return Prompt(text)
-        return Prompt(text, chat_messages(self._extend_messages([ChatMessage(content=prompt)])))
+        return Prompt(text, self._extend_messages([ChatMessage(content=prompt)]))
 
-    def _pieces(self, prompt: Prompt, call: dict[str, Any]) -> Pieces:
-        """Checks the call's keywords now; loads the model and decodes when iterated."""
-        return _begun(self._start(prompt, call))
-
-    def _apieces(self, prompt: Prompt, call: dict[str, Any]) -> AsyncPieces:
-        """As `_pieces`; what takes time happens in other threads."""
-        return off_the_loop(self._start(prompt, call))
-
-    def _start(self, prompt: Prompt, call: dict[str, Any]) -> Callable[[], Iterator[Piece]]:
-        scope, read_scopes = (
-            getattr(self, name) if call.get(name) is None else call[name] for name in ("scope", "read_scopes")
-        )
-        return partial(self._stream, prompt, self.options(call), scope, read_scopes)
-
-    def _stream(
-        self, prompt: Prompt, options: DecodingOptions, scope: str | None, read_scopes: Sequence[str]
-    ) -> Iterator[Piece]:
-        ouroboros = self.load()
-        form = prompt.form(bool(ouroboros.tokenizer.chat_template))
-        return ouroboros.stream(form, scope=scope, read_scopes=read_scopes, options=options)
+    def _asking(self, prompt: Prompt, call: dict[str, Any]) -> Asking:
+        """Checks the call's keywords now, and settles its scopes; loads the model and decodes when iterated."""
+        return Asking(self, prompt, asked(call), self.options(call), self.scopes(call))
 
 
-def _begun(start: Callable[[], Iterator[Piece]]) -> Pieces:
-    pieces = cast("Pieces", start())
-    try:
-        yield from pieces
-    finally:
-        pieces.close()
+def _forcing(settings: dict[str, Any], needed: bool) -> dict[str, Any]:
+    chosen = settings.get("tool_choice") is not None or "tool_required" in settings
+    return settings if chosen or not needed else {**settings, "tool_required": True}

@@ -20,11 +20,16 @@ from llama_index.core.bridge.pydantic import (
     model_validator,
 )
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
-from llama_index.core.llms.llm import LLM
+from llama_index.core.llms.function_calling import FunctionCallingLLM
 
 from ouroboros_llm import DecodingOptions, OptionError, Ouroboros
 from ouroboros_llm.defaults import DEFAULT_STORE, default_model, shared
 from ouroboros_llm.ouroboros import DEFAULT_MAX_NEW_TOKENS
+from ouroboros_llm.replies.asked import REPLY_SETTINGS
+from ouroboros_llm.scopes import current_scope
+
+from .asking import our_names
+from .scopes import tagged_scope
 
 _LOADING = ("draft_model", "device", "dtype", "store")
 _OPTIONS = (
@@ -44,11 +49,12 @@ _OPTIONS = (
     "max_rounds",
     "timeout",
     "overflow",
+    "drafters",
 )
-_KEYWORDS = (*_OPTIONS, "scope", "read_scopes")
+_KEYWORDS = (*_OPTIONS, "grammar", "scope", "read_scopes", *sorted(REPLY_SETTINGS))
 
 
-class ConfiguredLLM(LLM):
+class ConfiguredLLM(FunctionCallingLLM):
     """The fields of `OuroborosLLM`: checked when constructed, the model loaded when needed."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -71,7 +77,8 @@ class ConfiguredLLM(LLM):
     scope: str | None = Field(
         default=None,
         description="Whose phrases calls read and add to, e.g. 'conversation:42'; "
-        "unset: the single user's 'conversation:default'.",
+        "unset: 'conversation:' and the thread_id, session_id or conversation_id of instrument_tags around the call; "
+        "without any, the single user's 'conversation:default'. ouroboros_scope(...) around a call takes precedence.",
     )
     read_scopes: tuple[str, ...] = Field(
         default=(), description="Further scopes to read, in order, e.g. 'corpus:manuals'."
@@ -112,6 +119,11 @@ class ConfiguredLLM(LLM):
         default=None,
         description="'slide': where the context is too small, the oldest exchanges (or tokens) are left out.",
     )
+    drafters: tuple[str, ...] | None = Field(
+        default=None,
+        description="Where guesses may come from: phrases, recycling, retrieval, draft_model, lookahead; "
+        "unset: all but the last, as far as there are any.",
+    )
     context_window: int | None = Field(
         default=None,
         gt=0,
@@ -146,6 +158,7 @@ class ConfiguredLLM(LLM):
             # Prompts are packed into what the output leaves; a default must leave room in a small context too.
             num_output=self.max_tokens or min(default, window // 2),
             is_chat_model=bool(ouroboros.tokenizer.chat_template),
+            is_function_calling_model=bool(ouroboros.tokenizer.chat_template),
             model_name=ouroboros.name,
         )
 
@@ -167,10 +180,14 @@ class ConfiguredLLM(LLM):
                 hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(_KEYWORDS)}"
                 raise OptionError(f"unknown keyword {name!r}; {hint}")
         values = {name: getattr(self, name) if call.get(name) is None else call[name] for name in _OPTIONS}
-        try:
-            return DecodingOptions(max_new_tokens=values.pop("max_tokens"), **values)
-        except OptionError as error:  # which names the argument as the core does, not as the caller did
-            raise OptionError(str(error).replace("max_new_tokens", "max_tokens")) from None
+        with our_names():
+            return DecodingOptions(max_new_tokens=values.pop("max_tokens"), grammar=call.get("grammar"), **values)
+
+    def scopes(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Scopes of one call, where it is made: its own keyword, `ouroboros_scope`, the field, the tags around it."""
+        scope = next(filter(None, (call.get("scope"), current_scope(), self.scope, tagged_scope())), None)
+        read = self.read_scopes if call.get("read_scopes") is None else call["read_scopes"]
+        return {"scope": scope, "read_scopes": read}
 
     @field_validator("model", "draft_model", "device", "dtype", mode="before")
     @classmethod

@@ -8,40 +8,46 @@ from typing import TypeVar
 
 from ouroboros_llm import Piece
 
-from .responses import Respond, whole
+from .asking import Asking
+from .responses import Respond, Said
 
 R = TypeVar("R")
 Pieces = Generator[Piece, None, None]
 AsyncPieces = AsyncGenerator[Piece, None]
 
 
-def cumulative(pieces: Pieces, respond: Respond[R]) -> Generator[R, None, None]:
-    """A response per piece: all text so far, and what is new as `delta`."""
-    text = ""
+def cumulative(asking: Asking, pieces: Pieces, respond: Respond[R]) -> Generator[R, None, None]:
+    """A response wherever there is news: all that was said so far, and the text that is new as `delta`."""
+    said = Said()
     for piece in pieces:
-        text += piece.text
-        yield respond(text, piece.text, piece.result)
+        if asking.read(piece, said):
+            yield respond(said)
 
 
-async def acumulative(pieces: AsyncPieces, respond: Respond[R]) -> AsyncGenerator[R, None]:
-    text = ""
+async def acumulative(asking: Asking, pieces: AsyncPieces, respond: Respond[R]) -> AsyncGenerator[R, None]:
+    said = Said()
     async for piece in pieces:
-        text += piece.text
-        yield respond(text, piece.text, piece.result)
+        if asking.read(piece, said):
+            yield respond(said)
 
 
-def in_full(pieces: Pieces, respond: Respond[R]) -> R:
+def in_full(asking: Asking, respond: Respond[R]) -> R:
     """One response for all pieces."""
-    *_, last = pieces
-    return whole(last, respond)
+    said = Said()
+    for piece in asking.pieces():
+        asking.read(piece, said)
+    said.delta = None
+    return respond(said)
 
 
-async def ain_full(pieces: AsyncPieces, respond: Respond[R]) -> R:
+async def ain_full(asking: Asking, respond: Respond[R]) -> R:
     """As `in_full`."""
-    async with aclosing(pieces):
+    said = Said()
+    async with aclosing(asking.apieces()) as pieces:
         async for piece in pieces:
-            last = piece
-    return whole(last, respond)
+            asking.read(piece, said)
+    said.delta = None
+    return respond(said)
 
 
 def closed_with(responses: Generator[R, None, None], pieces: Pieces) -> Generator[R, None, None]:
