@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .errors import OptionError
 
-Kind = Literal["json_schema", "regex", "choices", "lark"]
+Kind = Literal["json_schema", "regex", "choices", "lark", "any_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """A language that answers must come from: `DecodingOptions(grammar=Grammar.json_schema(...))`.
 
-    Make one with `json_schema`, `regex`, `choices` or `lark`. The target chooses among the tokens that the grammar
-    allows; what the grammar forces costs next to no passes; and answers are brought to their end within
+    Make one with `json_schema`, `regex`, `choices`, `lark` or `any_of`. The target chooses among the tokens that the
+    grammar allows; what the grammar forces costs next to no passes; and answers are brought to their end within
     `max_new_tokens`, so that they always parse.
     """
 
@@ -25,20 +25,20 @@ class Grammar:
     source: str
     """The schema or the choices as JSON; the expression; the Lark grammar."""
     before: str = ""
-    """Text before and after every JSON value, as models put around tool calls."""
+    """Text before and after every JSON value or alternative, as models put around tool calls."""
     after: str = ""
     between: str = ""
     most: int = 1
-    """JSON values at most, `between` standing between them."""
+    """JSON values or alternatives at most, `between` standing between them."""
+    parts: tuple[Grammar, ...] = ()
+    """The alternatives of `any_of`."""
 
     def __post_init__(self) -> None:
         for name in ("source", "before", "after", "between"):
             if not isinstance(getattr(self, name), str):
                 raise OptionError(f"grammar {name} must be text, but got {getattr(self, name)!r:.80}")
-        if self.kind not in ("json_schema", "regex", "choices", "lark"):
-            raise OptionError(
-                f"grammar kind must be 'json_schema', 'regex', 'choices' or 'lark', but got {self.kind!r}"
-            )
+        if self.kind not in get_args(Kind):
+            raise OptionError(f"grammar kind must be one of {', '.join(get_args(Kind))}, but got {self.kind!r}")
         if isinstance(self.most, bool) or not isinstance(self.most, int) or self.most < 1:
             raise OptionError(f"grammar most must be a whole number of at least 1, but got {self.most!r}")
 
@@ -87,6 +87,21 @@ class Grammar:
         if not texts or not all(isinstance(text, str) and text for text in texts):
             raise OptionError(f"grammar choices must be non-empty texts, but got {choices!r:.80}")
         return cls("choices", json.dumps(texts, ensure_ascii=False))
+
+    @classmethod
+    def any_of(
+        cls, parts: Sequence[Grammar], *, before: str = "", after: str = "", between: str = "", most: int = 1
+    ) -> Grammar:
+        """What any of several grammars allows, as calls of one tool or another and plain JSON.
+
+        Args:
+            parts: of any kind but `lark`.
+            before, after, between, most: as for `json_schema`; each text in between may be of another part.
+        """
+        found = tuple(parts)
+        if not found or not all(isinstance(part, Grammar) and part.kind != "lark" for part in found):
+            raise OptionError(f"grammar parts must be one or more grammars that are not lark, but got {parts!r:.80}")
+        return cls("any_of", "", before, after, between, most, found)
 
     @classmethod
     def lark(cls, source: str) -> Grammar:

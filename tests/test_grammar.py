@@ -116,6 +116,7 @@ GRAMMARS = [
     Grammar.choices(["yes", "no", "yes and no", "日本"]),
     Grammar.regex(r"[A-Z]{2}-\d{3}(x|yé){2,4}"),
     Grammar.lark('start: "(" (start | "a") ")"'),
+    Grammar.any_of([Grammar.json_schema(CALL, before="<f>"), Grammar.regex("[a-z]/[0-9]")], between=";", most=2),
 ]
 
 
@@ -330,8 +331,15 @@ def test_a_text_that_is_forced_altogether_is_one_pass() -> None:
         (Grammar.regex(r"\d{3}-[a-f]+"), r"\d{3}-[a-f]+"),
         (Grammar.lark('start: "<" /[a-z]{2}/ ">" | "[" start "]"'), r"\[*<[a-z]{2}>\]*"),
         (Grammar.regex("(ab)+cd"), "(ab)+cd"),
+        (
+            Grammar.any_of(
+                [Grammar.regex("[ab]{2}/\\/\n?"), Grammar.any_of([Grammar.choices(["go", "日"])], after="!", most=3)],
+                before="> ",
+            ),
+            "> ([ab]{2}//\n?|((go|日)!){1,3})",
+        ),
     ],
-    ids=["choices", "regex", "lark", "circles"],
+    ids=["choices", "regex", "lark", "circles", "any_of"],
 )
 def test_other_grammars_match_whatever_the_budget(grammar: Grammar, pattern: str) -> None:
     for limit in range(need(grammar), need(grammar) + 12):
@@ -413,6 +421,9 @@ def test_what_cannot_be_kept_is_named(schema: dict[str, Any], message: str) -> N
         lambda: Grammar.json_schema({}, most=0),
         lambda: Grammar.choices([]),
         lambda: Grammar.choices([""]),
+        lambda: Grammar.any_of([]),
+        lambda: Grammar.any_of([Grammar.lark("start: /a/")]),
+        lambda: generate(Grammar.any_of([Grammar.json(), Grammar.regex("(a")]), 30),
         lambda: Grammar("yaml", "x"),  # type: ignore[arg-type]
         lambda: Grammar.regex(None),  # type: ignore[arg-type]
         lambda: DecodingOptions(grammar={"type": "object"}),  # type: ignore[arg-type]

@@ -5,19 +5,25 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from enum import Enum
 from typing import Any, Literal
 
 import pytest
 from conftest import byte_tokenizer, tiny_model
 from langchain.agents import create_agent
+from langchain.agents.structured_output import ProviderStrategy
 from langchain_core.messages import AIMessage
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel, Field
 from speaker import HERMES, THINKING
 from test_langchain_tools import PLAIN, SEARCH, Joke, Weather, add
 
 from langchain_ouroboros import ChatOuroboros
-from ouroboros_llm import OptionError, Ouroboros
+from ouroboros_llm import DecodingOptions, OptionError, Ouroboros
+from ouroboros_llm.replies import reply_of
+from ouroboros_llm.replies.families import FAMILIES, Family
+from ouroboros_llm.replies.forms import call_options
 
 pytest.importorskip("llguidance")
 jsonschema = pytest.importorskip("jsonschema")
@@ -146,6 +152,55 @@ def test_what_cannot_be_kept_is_said_before_anything_is_decoded(model: ChatOurob
 def test_an_agent_s_structured_answer_needs_no_skill(model: ChatOuroboros) -> None:
     agent = create_agent(model, [], response_format=Booking)
     assert isinstance(agent.invoke({"messages": [("human", "hi")]})["structured_response"], Booking)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: (family.template or family.vocabulary)[0])
+def test_whatever_family_forced_calls_are_read_back(family: Family) -> None:
+    format = replace(family.format, bare=True)
+    tools = [convert_to_openai_tool(tool) for tool in (add, Weather, SEARCH)]
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
+    grammar = call_options(format, tools)["grammar"]
+    seen = set()
+    with Ouroboros(tiny_model("qwen3", context=8192), byte_tokenizer()) as ouroboros:
+        for seed in range(3):
+            options = DecodingOptions(grammar=grammar, max_new_tokens=300, temperature=2.0, seed=seed)
+            text = ouroboros.generate("hi", options=options).text
+            reading = format.stream(tools)
+            (called,) = reply_of([*reading.push(text), *reading.end()]).tool_calls
+            jsonschema.validate(called.arguments, schemas[called.name])
+            seen.add(called.name)
+    assert seen
+
+
+class Itself(BaseModel):
+    """A node."""
+
+    less: Itself | None = None
+    size: int = Field(ge=0, le=99)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_beside_tools_a_reply_is_calls_or_json(model: ChatOuroboros, parallel: bool) -> None:
+    tools: Any = {"Weather": Weather.model_json_schema(), "Itself": Itself.model_json_schema()}
+    bound = model.bind_tools([Weather, Itself], response_format=Tree, parallel_tool_calls=parallel)
+    kinds = set()
+    for seed in range(8):
+        message = bound.invoke("hi", seed=seed, temperature=2.0)
+        assert message.invalid_tool_calls == []
+        for called in message.tool_calls:
+            jsonschema.validate(called["args"], tools[called["name"]])
+        if not message.tool_calls:
+            Tree.model_validate_json(message.text)
+        kinds.add(len(message.tool_calls))
+    assert 0 in kinds and 1 in kinds and (parallel or kinds == {0, 1})
+
+
+def test_an_agent_with_tools_and_a_structured_answer(model: ChatOuroboros) -> None:
+    agent = create_agent(model, [add], response_format=ProviderStrategy(Tree))
+    first = next(iter(agent.stream({"messages": [("human", "hi")]}, stream_mode="updates")))["model"]
+    (message,) = first["messages"]
+    assert message.tool_calls or isinstance(first["structured_response"], Tree)
+    assert message.invalid_tool_calls == []
 
 
 def test_forced_text_costs_few_passes() -> None:

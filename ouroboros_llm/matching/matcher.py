@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +26,8 @@ _TRIES = 48
 _KEPT = 64
 """Compiled grammars per tokenizer."""
 
+_ESCAPED_OR_SLASH = re.compile(r"\\.|/|\n", re.DOTALL)
+
 
 class Matcher:
     """A grammar over the tokens of one vocabulary. Shared by generations, which start from copies of its state."""
@@ -34,11 +37,11 @@ class Matcher:
         self.grammar, self.vocabulary = grammar, vocabulary
         source = _source(grammar, vocabulary)
         if fault := _fault(source, vocabulary):
-            raise OptionError(_explained(grammar, fault))
+            raise OptionError(_explained(grammar, fault, vocabulary))
         self._lock = threading.Lock()  # the library's states may not be used by two threads at once
         self._state: Any = library().LLMatcher(vocabulary.tokenizer, source, log_level=0)
         if self._state.is_error():
-            raise OptionError(_explained(grammar, _first_line(self._state.get_error())))
+            raise OptionError(_explained(grammar, _first_line(self._state.get_error()), vocabulary))
         self.ending = Ending(vocabulary)
         self._shortest: tuple[int, ...] | None = None
         self._tried = 0
@@ -88,14 +91,31 @@ def _source(grammar: Grammar, vocabulary: Vocabulary) -> str:
         return str(kind.grammar_from_regex(grammar.source))
     if grammar.kind == "lark":
         return str(kind.grammar_from_lark(grammar.source))
+    return str(kind.grammar_from_lark("\n".join(_rules("start", grammar, vocabulary))))
+
+
+def _rules(name: str, grammar: Grammar, vocabulary: Vocabulary) -> Iterator[str]:
+    """The rules of a Lark grammar in which `name` is what `grammar` allows."""
     if grammar.kind == "choices":
-        choices = " | ".join(quoted(choice) for choice in json.loads(grammar.source))
-        return str(kind.grammar_from_lark(f"start: {choices}\n"))
-    schema = prepared(json.loads(grammar.source)) | {"x-guidance": _COMPACT}
-    unit = f"{vocabulary.terms(grammar.before)} json {vocabulary.terms(grammar.after)}"
+        yield f"{name}: {' | '.join(quoted(choice) for choice in json.loads(grammar.source))}"
+        return
     between = vocabulary.terms(grammar.between)
-    more = f" ({between} unit){{0,{grammar.most - 1}}}" if grammar.most > 1 else ""
-    return str(kind.grammar_from_lark(f"start: unit{more}\nunit: {unit}\njson: %json {json.dumps(schema)}\n"))
+    more = f" ({between} {name}_unit){{0,{grammar.most - 1}}}" if grammar.most > 1 else ""
+    yield f"{name}: {name}_unit{more}"
+    yield f"{name}_unit: {vocabulary.terms(grammar.before)} {name}_one {vocabulary.terms(grammar.after)}"
+    if grammar.kind == "any_of":
+        names = [f"{name}_{number}" for number in range(len(grammar.parts))]
+        yield f"{name}_one: {' | '.join(names)}"
+        for inner, part in zip(names, grammar.parts, strict=True):
+            yield from _rules(inner, part, vocabulary)
+    elif grammar.kind == "regex":
+        yield f"{name}_one: /{_ESCAPED_OR_SLASH.sub(_without_slash, grammar.source)}/"
+    else:
+        yield f"{name}_one: %json {json.dumps(prepared(json.loads(grammar.source)) | {'x-guidance': _COMPACT})}"
+
+
+def _without_slash(found: re.Match[str]) -> str:
+    return {"/": r"\/", "\n": r"\n"}.get(found[0], found[0])
 
 
 def _fault(source: str, vocabulary: Vocabulary | None = None) -> str:
@@ -112,11 +132,14 @@ def _schema_fault(schema: Any) -> str:
     return _fault(library().LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_COMPACT))
 
 
-def _explained(grammar: Grammar, fault: str) -> str:
+def _explained(grammar: Grammar, fault: str, vocabulary: Vocabulary) -> str:
+    for part in grammar.parts:
+        if found := _fault(_source(part, vocabulary), vocabulary):
+            return _explained(part, found, vocabulary)
     if grammar.kind != "json_schema":
         return f"grammar is no {grammar.kind} that can be kept: {fault}"
-    part = faulty_part(prepared(json.loads(grammar.source)), _schema_fault)
-    pointer, message = part or ("#", fault)
+    place = faulty_part(prepared(json.loads(grammar.source)), _schema_fault)
+    pointer, message = place or ("#", fault)
     return f"grammar asks for a JSON Schema that cannot be kept: {message}, at {pointer}; leave that out or change it"
 
 

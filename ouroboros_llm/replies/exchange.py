@@ -52,8 +52,7 @@ class Exchange:
         prompt: the messages for the chat template, or the text that `written` made of them.
         tools: those that the chat template gets.
         kept_tokens: special tokens that the reply is read by.
-        form: `DecodingOptions` that keep the reply to what was asked; text beside tools is left free, as it may be a
-            call.
+        form: `DecodingOptions` that keep the reply to what was asked, if to anything.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -83,8 +82,8 @@ class Exchange:
         self.prompt = messages if self._written is None else self._written(messages)
         self.tools = template_tools(asked, habits)
         format, end = habits.format, ""
-        if asked.tools and (asked.forced or not habits.takes_tools):
-            # Whatever the model is used to, here it was told, or is made, to answer with nothing but calls.
+        if asked.tools and (asked.forced or asked.schema is not None or not habits.takes_tools):
+            # Whatever the model is used to, here it was told, or is made, to answer with nothing but calls or JSON.
             format = replace(format, bare=True)
         if habits.begins_replies:
             end = str(ouroboros.tokenizer.decode(ouroboros.encode(self.prompt, tools=self.tools)[-_PROMPT_END:]))
@@ -96,9 +95,12 @@ class Exchange:
         begun = next((f"{section.closes[0]}\n\n" for section in thinking), "")
         if self.asked.forced:
             return forms.call_options(format, self.asked.forced, begun=begun)
-        if self.asked.schema is not None and not self.asked.tools:
+        if self.asked.schema is None:
+            return {}
+        if not self.asked.tools:
             return forms.json_options(self.asked.schema, before=begun)
-        return {}
+        parallel = self.asked.parallel
+        return forms.call_or_json_options(format, self.asked.tools, self.asked.schema, parallel=parallel, begun=begun)
 
     def push(self, piece: Piece) -> list[Delta]:
         """What a piece adds to the reply; with the last piece, the rest."""
