@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from conftest import byte_tokenizer
 
-from ouroboros_llm import DecodingStatistics, GenerationResult, Piece, Usage
+from ouroboros_llm import DecodingStatistics, GenerationResult, Grammar, Piece, Usage
 
 HERMES = (
     "{% if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
@@ -64,9 +66,13 @@ class Speaker:
 
     def stream(self, prompt: Any, **arguments: Any) -> Iterator[Piece]:
         with self._lock:
-            reply = self.replies[0] if len(self.replies) == 1 else self.replies.pop(0)
             self.calls.append({"prompt": prompt, **arguments})
-        return self._pieces(prompt, reply if isinstance(reply, str) else reply(prompt), arguments["tools"])
+            text = self.reply(prompt, arguments)
+        return self._pieces(prompt, text, arguments["tools"])
+
+    def reply(self, prompt: Any, arguments: Mapping[str, Any]) -> str:
+        reply = self.replies[0] if len(self.replies) == 1 else self.replies.pop(0)
+        return reply if isinstance(reply, str) else reply(prompt)
 
     def _pieces(self, prompt: Any, text: str, tools: Any) -> Iterator[Piece]:
         try:
@@ -77,6 +83,49 @@ class Speaker:
             yield Piece("", (), GenerationResult(text, (7,) * len(text), self.end, usage, statistics))  # type: ignore[arg-type]
         finally:
             self.closed.set()
+
+
+class Reader(Speaker):
+    """Does what it is asked as a good model would, going by the words of the last message and by schemas alone: calls a
+    tool where there is one, keeps to grammars, and puts results of tools into words."""
+
+    def reply(self, prompt: Any, arguments: Mapping[str, Any]) -> str:
+        last = prompt[-1]
+        asked = str(next((one["content"] for one in reversed(prompt) if one["role"] == "user"), ""))
+        if (grammar := arguments["options"].grammar) is not None:
+            return _kept_to(grammar, asked)
+        if not arguments["tools"] or last["role"] == "tool":
+            return f"As for {last['content']!r:.40}: so it is."
+        function = arguments["tools"][0]["function"]
+        return call(function["name"], json.dumps(_instance(function["parameters"], asked), ensure_ascii=False))
+
+
+def _kept_to(grammar: Grammar, asked: str) -> str:
+    if grammar.kind == "any_of":
+        return grammar.before + _kept_to(grammar.parts[0], asked) + grammar.after
+    instance = _instance(json.loads(grammar.source), asked)
+    return grammar.before + json.dumps(instance, ensure_ascii=False) + grammar.after
+
+
+def _instance(schema: Any, asked: str, root: Any = None) -> Any:
+    """A value of a schema, with the numbers and the foreign words of a text."""
+    root = schema if root is None else root
+    if "$ref" in schema:
+        return _instance(root["$defs"][schema["$ref"].rpartition("/")[2]], asked, root)
+    for several in ("anyOf", "oneOf"):
+        if several in schema:
+            return _instance(schema[several][0], asked, root)
+    if "const" in schema or "enum" in schema:
+        return schema.get("const", schema.get("enum", [None])[0])
+    kind = schema.get("type", "object")
+    if kind == "object":
+        named = schema.get("properties") or {key: {"type": "string"} for key in re.findall(r"['`\"](\w+)['`\"]", asked)}
+        return {name: _instance(inner, asked, root) for name, inner in named.items()}
+    if kind == "array":
+        return [_instance(schema.get("items", {"type": "string"}), asked, root)]
+    if kind in ("integer", "number"):
+        return int(next(iter(re.findall(r"\d+", asked)), "1"))
+    return {"boolean": True, "null": None}.get(kind, max([*re.findall(r"[^\x00-\x7f]+", asked), "words"], key=len))
 
 
 def scopes(speaker: Speaker) -> Sequence[tuple[str | None, tuple[str, ...], tuple[str, ...]]]:

@@ -1,4 +1,5 @@
-"""LangChain's own conformance suites, without weights: by its name alone, and over a tiny random model."""
+"""LangChain's own conformance suites, without weights: by the model's name alone, over a tiny random model, and over
+scripted replies."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import pytest
 from langchain_core.language_models import BaseChatModel
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
+from speaker import Reader
 
 from langchain_ouroboros import ChatOuroboros
 from ouroboros_llm import Ouroboros
@@ -52,7 +54,7 @@ class TestIntegration(ChatModelIntegrationTests):
     def chat_model_params(self) -> dict[str, Any]:
         return {"ouroboros": self.tiny_ouroboros, "max_tokens": 20}
 
-    # A random model calls no tools.
+    # A random model calls no tools of its own accord.
 
     @property
     def has_tool_calling(self) -> bool:
@@ -61,3 +63,27 @@ class TestIntegration(ChatModelIntegrationTests):
     @property
     def has_structured_output(self) -> bool:
         return False
+
+
+class TestScripted(ChatModelIntegrationTests):
+    """Tools, structured output and agents too: the replies are scripted, all the rest is as it is."""
+
+    @pytest.fixture(autouse=True)
+    def _take_a_reader(self) -> None:
+        self.reader = Reader()
+
+    @property
+    def chat_model_class(self) -> type[BaseChatModel]:
+        return ChatOuroboros
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {"ouroboros": self.reader}
+
+    @property
+    def has_tool_choice(self) -> bool:
+        return True
+
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
