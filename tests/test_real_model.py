@@ -13,7 +13,7 @@ from conftest import plain
 
 from ouroboros_llm import DecodingOptions, Ouroboros
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1800)]  # many forwards, perhaps on a busy machine
 
 MODEL = "smollm2-135m-instruct"
 TOKENS = 32
