@@ -402,7 +402,7 @@ class Ouroboros:
     ) -> Steps[Piece]:
         """One answer, a step at a time, in the worker's thread."""
         session = self._current(session, write)
-        self._recall(session, write)
+        self._recall(session, write, read)
         workspace = self._sessions.take(session, fitted.token_ids, self._start)
         try:
             check_room(self._prepared, len(fitted.token_ids) + fitted.limit, workspace.nbytes, self._spare, self._draft)
@@ -478,13 +478,13 @@ class Ouroboros:
         """A workspace for a turn that finds nothing to go on from."""
         return Workspace(self._prepared.start(marks=True), self._draft.start() if self._draft else None)
 
-    def _recall(self, session: Session, pool: PhrasePool) -> None:
-        """Go on from what was learned in the scope before this process."""
+    def _recall(self, session: Session, pool: PhrasePool, others: Sequence[PhrasePool]) -> None:
+        """Go on from what was learned in the scope before this process, or else in `others` that it reads."""
         if not session.recalled:
             session.recalled = True
-            session.memory = Memory.recall(pool, self._prepared.fingerprint)
+            session.memory = Memory.recall(pool, self._prepared.fingerprint, others)
             if self._draft is not None:
-                session.draft_memory = Memory.recall(pool, self._draft.fingerprint)
+                session.draft_memory = Memory.recall(pool, self._draft.fingerprint, others)
 
     def _fit(self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None, options: DecodingOptions) -> Fitted:
         """The prompt's tokens, and how many may follow: what was asked for, as far as the context reaches."""

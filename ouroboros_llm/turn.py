@@ -118,9 +118,9 @@ class Turn:
         session = self._session
         if getattr(self._write, "generation", None) != session.generation:
             return
-        session.memory.remember(self._write, self._prepared.fingerprint)
+        session.memory.remember(self._write, self._prepared.fingerprint, self._also)
         if self._draft is not None:
-            session.draft_memory.remember(self._write, self._draft.fingerprint)
+            session.draft_memory.remember(self._write, self._draft.fingerprint, self._also)
 
     def _rounds(self) -> Rounds:
         """The rounds, and None after a step that only read; before each the pass that it wants, if others may share

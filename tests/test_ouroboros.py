@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import threading
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from ouroboros_llm import (
     TokenizerMismatchError,
 )
 from ouroboros_llm.memory_pool import MemorySource
+from ouroboros_llm.phrases import Notebook
 from ouroboros_llm.session import Sessions
 from ouroboros_llm.workspaces import WorkspaceMemory
 from ouroboros_storage import PhraseStore
@@ -386,6 +389,32 @@ def test_an_answer_is_added_to_further_scopes_but_they_are_not_read(tiny_ourobor
     assert tiny_ouroboros.store.open("agent:x", fingerprint=tiny_ouroboros.fingerprint).stats.runs == 1
     with pytest.raises(OptionError, match="write_scopes"):
         tiny_ouroboros.generate(PROMPT, write_scopes="agent:x")
+
+
+def test_a_scope_begins_with_the_calibration_of_those_that_it_reads(tiny_ouroboros: Ouroboros) -> None:
+    model = tiny_ouroboros._prepared.fingerprint
+
+    def notes(scope: str) -> Mapping[str, bytes]:
+        pool = tiny_ouroboros.store.open(scope, fingerprint=tiny_ouroboros.fingerprint)
+        assert isinstance(pool, Notebook)
+        return pool.recall("")
+
+    def begin(scope: str, *read: str) -> bytes:
+        nothing = DecodingOptions(max_new_tokens=1, drafters=())
+        tiny_ouroboros.generate(PROMPT, scope=scope, read_scopes=read, options=nothing)
+        return notes(scope)[f"{model}/calibration"]
+
+    tiny_ouroboros.generate(PROMPT, scope="a", write_scopes=["agent:x"], options=FIXED_WIDTH)
+    learned = notes("a")[f"{model}/calibration"]
+    # No successors: they are of the prompt as well.
+    assert notes("agent:x") == {f"{model}/calibration": learned}
+    assert len(notes("a")) > 1
+    assert json.loads(learned)["counts"]
+    assert begin("b", "empty", "agent:x") == learned
+    assert begin("stranger") != learned
+    # What a scope has found out for itself comes first.
+    tiny_ouroboros.generate(PROMPT, scope="agent:y", options=OPTIONS)
+    assert begin("a", "agent:y") == learned
 
 
 async def test_text_shows_the_special_tokens_that_are_asked_for(tiny_ouroboros: Ouroboros) -> None:

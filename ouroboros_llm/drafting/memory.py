@@ -21,26 +21,34 @@ class Memory:
     calibration: Calibration = field(default_factory=Calibration)
 
     @classmethod
-    def recall(cls, pool: PhrasePool, model: str) -> Memory:
-        """What the pool keeps for a model, by its fingerprint; nothing where the pool keeps no notes."""
-        memory = cls()
+    def recall(cls, pool: PhrasePool, model: str, others: Sequence[PhrasePool] = ()) -> Memory:
+        """What the pool keeps for a model, by its fingerprint; nothing where the pool keeps no notes.
+
+        `others`: pools that are read behind it. A scope that has no calibration yet begins with theirs, the first
+        there is: how far their phrases can be trusted was found out where they were said.
+        """
+        memory, name = cls(), f"{model}/calibration"
+        known = (one.recall(name).get(name) for one in (pool, *others) if isinstance(one, Notebook))
+        memory.calibration = next((Calibration.from_bytes(note) for note in known if note), memory.calibration)
         if not isinstance(pool, Notebook):
             return memory
-        notes = pool.recall(f"{model}/")
-        if calibration := notes.get(f"{model}/calibration"):
-            memory.calibration = Calibration.from_bytes(calibration)
         start = f"{model}/successors/"
-        memory.successors.load(
-            {int(name[len(start) :]): note for name, note in notes.items() if name.startswith(start)}
-        )
+        memory.successors.load({int(name[len(start) :]): note for name, note in pool.recall(start).items()})
         return memory
 
-    def remember(self, pool: PhrasePool, model: str) -> None:
-        """Give the pool what is new since the last time."""
+    def remember(self, pool: PhrasePool, model: str, also: Sequence[PhrasePool] = ()) -> None:
+        """Give the pool what is new since the last time.
+
+        `also`: further pools that hold the answers. They get the calibration alone, which names no tokens: successors
+        are of prompts as well, and they stay where they were seen.
+        """
+        calibration = {f"{model}/calibration": self.calibration.to_bytes()}
         if isinstance(pool, Notebook):
             changed = self.successors.take_changed()
-            notes = {f"{model}/successors/{token_id}": note for token_id, note in changed.items()}
-            pool.remember(notes | {f"{model}/calibration": self.calibration.to_bytes()})
+            pool.remember({f"{model}/successors/{token_id}": note for token_id, note in changed.items()} | calibration)
+        for other in also:
+            if isinstance(other, Notebook):
+                other.remember(calibration)
 
 
 def sources(
