@@ -177,7 +177,7 @@ class TestMethods:
         assert message.additional_kwargs == {}
 
     def test_names(self, llm: OuroborosLLM) -> None:
-        assert package.__all__ == ["OuroborosLLM"]
+        assert package.__all__ == ["OuroborosLLM", "ouroboros_scope"]
         assert llm.class_name() == "OuroborosLLM"
         assert llm.to_payload()["model_name"] == "scripted"
 

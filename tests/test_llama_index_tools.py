@@ -72,11 +72,13 @@ def asking(*replies: Any, **settings: Any) -> tuple[OuroborosLLM, Speaker]:
     return OuroborosLLM(ouroboros=stand_in(speaker), **settings), speaker
 
 
-def stand_in(speaker: Speaker) -> Any:
-    """The speaker with what metadata ask of a model; arguments that LlamaIndex's calls leave out are unset."""
+def stand_in(speaker: Speaker, **unset: Any) -> Any:
+    """The speaker with what metadata ask of a model; arguments that calls may leave out are unset."""
     speaker.model = copy.copy(tiny_model())
     stream = speaker.stream
-    speaker.stream = lambda prompt, **arguments: stream(prompt, **{"tools": None, "kept_tokens": {}, **arguments})
+    speaker.stream = lambda prompt, **arguments: stream(
+        prompt, **{"tools": None, "kept_tokens": {}, **unset, **arguments}
+    )
     return speaker
 
 

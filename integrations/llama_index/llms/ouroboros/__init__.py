@@ -9,6 +9,8 @@ except ModuleNotFoundError as error:
 
     raise MissingExtraError("llama-index-core", "llama-index") from error
 
+from ouroboros_llm import ouroboros_scope
+
 from .base import OuroborosLLM
 
-__all__ = ["OuroborosLLM"]
+__all__ = ["OuroborosLLM", "ouroboros_scope"]
