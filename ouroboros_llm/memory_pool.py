@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import threading
-from array import array
 from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 
-from .phrases import ANSWER, MATCH_LIMIT, PHRASE_LENGTH, Phrase, PhrasePool, PoolStats
+from .phrases import ANSWER, MATCH_LIMIT, PHRASE_LENGTH, Phrase, PhrasePool, PoolStats, run_key
 from .suffix_index import ORDERS, Segment, suffix_hashes
 
 _MIDDLE = -2
@@ -102,7 +100,24 @@ class MemoryPool:
     def holds(self, token_ids: Sequence[int]) -> bool:
         """Whether this run is in the pool, as it was added."""
         with self._lock:
-            return _key(token_ids[-self.capacity :]) in self._runs
+            return run_key(token_ids[-self.capacity :]) in self._runs
+
+    def holds_all(self, keys: Collection[bytes]) -> bool:
+        """Whether all runs with these keys (`run_key`) are in the pool."""
+        with self._lock:
+            return all(key in self._runs for key in keys)
+
+    def take_out(self, runs: Collection[bytes], notes: Collection[str]) -> int:
+        """Drop the runs with these keys, tokens and all, and the notes of these names; returns the number of runs."""
+        with self._lock:
+            gone = [key for key in runs if key in self._runs]
+            for name in notes:
+                self._notes.pop(name, None)
+            if gone:
+                kept = [run for shelf in self._shelves for run in shelf.runs(without=set(gone))]
+                self._shelves, self._runs, self._tokens = [], {}, 0
+                self.add_all(kept)
+            return len(gone)
 
     @property
     def is_locked(self) -> bool:
@@ -155,7 +170,7 @@ class MemoryPool:
     def _add(self, run: Run, room: int) -> None:
         """`room`: what this run and those behind it will take."""
         token_ids = run.token_ids[-self.capacity :]
-        key = _key(token_ids)
+        key = run_key(token_ids)
         count, answer = run.count, run.answer
         if key in self._runs:
             shelf, number = self._runs[key]
@@ -183,10 +198,6 @@ class MemoryPool:
             if shelf.counts[number]:
                 self._tokens -= shelf.lengths[number]
                 self._runs.pop(key, None)
-
-
-def _key(token_ids: Sequence[int]) -> bytes:
-    return blake2b(array("q", token_ids).tobytes(), digest_size=16).digest()
 
 
 class _Shelf:
@@ -226,6 +237,14 @@ class _Shelf:
         self.segment.append(self._queue)
         self._queue.clear()
 
+    def runs(self, without: Collection[bytes]) -> Iterator[Run]:
+        """The runs that lie here still, but those with these keys."""
+        for number, key in enumerate(self.keys):
+            if self.counts[number] and key not in without:
+                start = self._starts[number]
+                token_ids = self.segment.token_ids[start : start + self.lengths[number]]
+                yield Run(token_ids, self.counts[number], self.answers[number])
+
     def tail(self, length: int) -> list[int]:
         """The last tokens of the last run."""
         return self.segment.token_ids[
@@ -262,6 +281,11 @@ class MemorySource:
             while len(self._pools) > self._scopes:
                 self._pools.popitem(last=False)
             return pool
+
+    def take_out(self, scope: str, *, fingerprint: str, runs: Collection[bytes], notes: Collection[str]) -> int:
+        with self._lock:
+            pool = self._pools.get((scope, fingerprint))
+            return 0 if pool is None else pool.take_out(runs, notes)
 
     def flush(self) -> None:
         """Nothing is ever written."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import snapshot
 from .context_window import Fitted, fit
+from .corpus import Corpora, Indexed, Texts, is_corpus
 from .device_memory import check_room, let_go
 from .draft_pair import load_draft
 from .drafting.memory import Memory
@@ -100,6 +101,7 @@ class Ouroboros:
         if documents is not None and not isinstance(documents, PhrasePool):
             raise OptionError(f"documents must be a pool, as documents_pool makes them, but got {documents!r:.80}")
         self.documents = documents
+        self._corpora = Corpora(self.store, tokenizer, self.fingerprint)
         self._sessions = Sessions()
         self._worker = worker_of(model)
         for limit, value in (("max_active", max_active), ("max_waiting", max_waiting)):
@@ -150,6 +152,7 @@ class Ouroboros:
         *,
         scope: str | None = None,
         read_scopes: Sequence[str] = (),
+        corpus_scopes: Sequence[str] = (),
         options: DecodingOptions | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         write_scopes: Sequence[str] = (),
@@ -160,6 +163,7 @@ class Ouroboros:
             prompt,
             scope=scope,
             read_scopes=read_scopes,
+            corpus_scopes=corpus_scopes,
             options=options,
             tools=tools,
             write_scopes=write_scopes,
@@ -176,6 +180,7 @@ class Ouroboros:
         *,
         scope: str | Sequence[str | None] | None = None,
         read_scopes: Sequence[str] = (),
+        corpus_scopes: Sequence[str] = (),
         options: DecodingOptions | Sequence[DecodingOptions | None] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[GenerationResult]:
@@ -186,7 +191,7 @@ class Ouroboros:
 
         Args:
             scope, options: one for all prompts, or a list with one for each.
-            read_scopes, tools: as for `stream`, for all prompts.
+            read_scopes, corpus_scopes, tools: as for `stream`, for all prompts.
 
         Raises:
             OptionError: a list of another length. Whatever `stream` and `Stream` raise: before anything is decoded, or
@@ -196,7 +201,14 @@ class Ouroboros:
             raise OptionError(f"prompts must be a list of prompts, but got the text {prompts!r:.80}")
         each = zip(prompts, spread("scope", scope, len(prompts)), spread("options", options, len(prompts)), strict=True)
         streams = [
-            self.stream(prompt, scope=own, read_scopes=read_scopes, options=wanted, tools=tools).whole()
+            self.stream(
+                prompt,
+                scope=own,
+                read_scopes=read_scopes,
+                corpus_scopes=corpus_scopes,
+                options=wanted,
+                tools=tools,
+            ).whole()
             for prompt, own, wanted in each
         ]
         # More than take turns, so that no place is empty whichever ends first; all of them would only fill the queue.
@@ -209,6 +221,7 @@ class Ouroboros:
         *,
         scope: str | None = None,
         read_scopes: Sequence[str] = (),
+        corpus_scopes: Sequence[str] = (),
         options: DecodingOptions | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         write_scopes: Sequence[str] = (),
@@ -221,6 +234,7 @@ class Ouroboros:
                 prompt,
                 scope=scope,
                 read_scopes=read_scopes,
+                corpus_scopes=corpus_scopes,
                 options=options,
                 tools=tools,
                 write_scopes=write_scopes,
@@ -238,6 +252,7 @@ class Ouroboros:
         *,
         scope: str | None = None,
         read_scopes: Sequence[str] = (),
+        corpus_scopes: Sequence[str] = (),
         options: DecodingOptions | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         write_scopes: Sequence[str] = (),
@@ -249,6 +264,7 @@ class Ouroboros:
             prompt: text (taken as it is), chat messages (through the chat template) or token ids.
             scope: whose phrases to use and to add to; None: that of `ouroboros_scope`, else `conversation:default`.
             read_scopes: further scopes to read, in order. Nothing else is ever read.
+            corpus_scopes: scopes of indexed documents (`index_documents`), which answers may quote; only read.
             options: sampling, lengths, limits and stop strings; None: greedy.
             tools: function schemas for the chat template.
             write_scopes: further scopes that the answer is added to; read only where `read_scopes` names them too.
@@ -270,8 +286,11 @@ class Ouroboros:
         ]
         others = [name for name in check_scopes(write_scopes, "write_scopes") if name != session.scope]
         also = [open_pool(self.store, name, self.fingerprint) for name in dict.fromkeys(others)]
+        if not session.recalled:  # what was written to before holds answers, and gets no documents
+            self._check_writable({session.scope: write, **dict(zip(dict.fromkeys(others), also, strict=True))})
+        corpora = [self._corpora.open(name) for name in check_scopes(corpus_scopes, "corpus_scopes")]
         cancelled = threading.Event()
-        steps = self._steps(fitted, session, write, read, also, options, constraint, cancelled, kept_tokens)
+        steps = self._steps(fitted, session, write, read, also, corpora, options, constraint, cancelled, kept_tokens)
         after = None if isinstance(self.store, MemorySource) else partial(flush, self.store)
         request = Request(steps, timeout=options.timeout, after=after)
         return Stream(self._worker, request, cancelled)
@@ -282,6 +301,7 @@ class Ouroboros:
         *,
         scope: str | None = None,
         read_scopes: Sequence[str] = (),
+        corpus_scopes: Sequence[str] = (),
         options: DecodingOptions | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         write_scopes: Sequence[str] = (),
@@ -295,12 +315,51 @@ class Ouroboros:
                 prompt,
                 scope=scope,
                 read_scopes=read_scopes,
+                corpus_scopes=corpus_scopes,
                 options=options,
                 tools=tools,
                 write_scopes=write_scopes,
                 kept_tokens=kept_tokens,
             )
         )
+
+    def index_documents(
+        self, documents: Texts, *, scope: str, advance: Callable[[int], object] | None = None
+    ) -> Indexed:
+        """Put documents into a scope of their own, from which answers may quote: `corpus_scopes=[scope]`.
+
+        Documents that are there already, and say the same, cost next to nothing; one that says something else now
+        replaces what it said. They are kept where phrases are: in the store, for later processes, else in memory.
+
+        Args:
+            documents: texts, or texts by the ids of documents, by which they are replaced and removed; several texts
+                are the parts of one. `read_documents` reads files.
+            scope: of nothing but documents, for example `corpus:manuals`.
+            advance: called with 1 after each document.
+
+        Raises:
+            OptionError: not texts, or a scope that holds answers. StoreError: the store fails, or keeps no notes.
+
+        Example:
+            ```python
+            ouro.index_documents(read_documents(["docs/"]), scope="corpus:manuals")
+            ouro.generate("How do I ...?", scope="conversation:42", corpus_scopes=["corpus:manuals"])
+            ```
+        """
+        if self._sessions.has_answers(check_scope(scope)):
+            raise OptionError(f"scope {scope!r} holds answers; documents need one of their own, as in 'corpus:manuals'")
+        return self._corpora.index(scope, documents, advance)
+
+    def remove_documents(self, ids: Iterable[str], *, scope: str) -> int:
+        """Take documents out of a scope again, by their ids: those given, else those in `Indexed.ids`.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            StoreError: the store fails.
+        """
+        return self._corpora.remove(check_scope(scope), ids)
 
     def keep_prefix(
         self,
@@ -380,6 +439,7 @@ class Ouroboros:
         self.flush()
         if self._owns_store:
             self.store.close()
+        self._corpora.clear()
         self._sessions.clear()
 
     def __enter__(self) -> Ouroboros:
@@ -395,6 +455,7 @@ class Ouroboros:
         write: PhrasePool,
         read: list[PhrasePool],
         also: list[PhrasePool],
+        corpora: list[PhrasePool],
         options: DecodingOptions,
         constraint: Constraint | None,
         cancelled: threading.Event,
@@ -416,6 +477,7 @@ class Ouroboros:
                 read=read,
                 also=also,
                 documents=self.documents,
+                corpora=corpora,
                 prompt_ids=fitted.token_ids,
                 limit=fitted.limit,
                 options=options,
@@ -445,6 +507,9 @@ class Ouroboros:
             raise
         self._sessions.keep(session, name, workspace)
         return len(prompt_ids)
+    def _check_writable(self, pools: Mapping[str, PhrasePool]) -> None:
+        if documents := next((name for name, pool in pools.items() if is_corpus(pool)), None):
+            raise OptionError(f"scope {documents!r} holds documents, which are only read; name it in corpus_scopes")
 
     def _spare(self) -> None:
         """Let go of keys and values that only a later turn would have used."""

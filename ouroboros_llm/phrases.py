@@ -7,8 +7,11 @@ and SuffixDecoding), so every n-gram statistic is derived from the runs and neve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from array import array
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Protocol, runtime_checkable
 
 from .errors import OptionError
@@ -95,6 +98,14 @@ class Notebook(Protocol):
 
 
 @runtime_checkable
+class DocumentNotebook(Notebook, Protocol):
+    """A notebook that can tell whether the runs of a document are still there."""
+
+    def holds_all(self, keys: Collection[bytes]) -> bool:
+        """Whether all runs with these keys (`run_key`) are in the pool."""
+
+
+@runtime_checkable
 class PoolSource(Protocol):
     """Where the pools of named scopes come from: a store, or memory."""
 
@@ -106,3 +117,25 @@ class PoolSource(Protocol):
 
     def close(self) -> None:
         """Flush and release; idempotent."""
+
+
+@runtime_checkable
+class Library(Protocol):
+    """A source from whose pools runs can be taken out again, as documents are that nobody wants any longer."""
+
+    def take_out(self, scope: str, *, fingerprint: str, runs: Collection[bytes], notes: Collection[str]) -> int:
+        """Erase the runs with these keys (`run_key`) and the notes of these names; returns the number of runs.
+
+        When it returns, it is so, or StoreError was raised. A pool that is open may have to be opened again.
+        """
+
+
+def run_key(token_ids: Sequence[int]) -> bytes:
+    """What a run is known by: the hash of its tokens as unsigned 32-bit little-endian integers."""
+    try:
+        data = array("I", token_ids)
+    except OverflowError:
+        data = array("q", token_ids)
+    if sys.byteorder == "big":
+        data.byteswap()
+    return blake2b(data.tobytes(), digest_size=16).digest()

@@ -35,6 +35,11 @@ def current_scope() -> str | None:
     return _current.get()
 
 
+def corpus_of(name: str) -> str:
+    """The scope of a corpus, which a developer may call by its scope too: `corpus:manuals` of both."""
+    return name if name.startswith("corpus:") else scope_of("corpus", name)
+
+
 def scope_of(kind: str, id: str) -> str:
     """The scope of an id, as `conversation:42` of ("conversation", "42").
 

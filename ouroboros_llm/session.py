@@ -81,6 +81,11 @@ class Sessions:
                 self.forget(other)
             return session
 
+    def has_answers(self, scope: str) -> bool:
+        """Whether something was said in a scope, in this process."""
+        with self._lock:
+            return scope in self._sessions and self._sessions[scope].recalled
+
     def take(
         self, session: Session, token_ids: Sequence[int], start: Callable[[], Workspace], *, copies: bool = False
     ) -> Workspace:

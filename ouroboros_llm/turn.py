@@ -54,6 +54,7 @@ class Turn:
         read: Sequence[PhrasePool],
         also: Sequence[PhrasePool] = (),
         documents: PhrasePool | None = None,
+        corpora: Sequence[PhrasePool] = (),
         prompt_ids: list[int],
         limit: int,
         options: DecodingOptions,
@@ -64,10 +65,10 @@ class Turn:
         kept_tokens: Mapping[int, str] | None = None,
     ) -> None:
         """`write`: the pool of the session's scope; `read`: further pools; `also`: pools that the answer is added to,
-        besides; `documents`: texts that answers may quote; `limit`: tokens to generate at most; `constraint`: what the
-        options' grammar makes of this text; `dropped`: tokens left
-        out of the prompt; `cancelled`: asked before every step; `spare`: gives memory back that others can do without;
-        `kept_tokens`: special tokens that the text shows."""
+        besides; `documents`, `corpora`: texts that answers may quote; `limit`: tokens to generate at most;
+        `constraint`: what the options' grammar makes of this text; `dropped`: tokens left out of the prompt;
+        `cancelled`: asked before every step; `spare`: gives memory back that others can do without; `kept_tokens`:
+        special tokens that the text shows."""
         self._prepared, self._draft = prepared, draft
         self._session, self._workspace, self._write, self._also = session, workspace, write, also
         self._prompt_ids, self._limit, self._options, self._dropped = prompt_ids, limit, options, dropped
@@ -75,7 +76,7 @@ class Turn:
         self._cancelled, self._spare = cancelled, spare
         self._end_token_ids = end_token_ids(prepared.model.generation_config)
         self._transcript = Transcript(tokenizer, options.stop, self._end_token_ids, kept_tokens)
-        self._drafter, self._draft_model = self._blend(read, documents)
+        self._drafter, self._draft_model = self._blend(read, documents, corpora)
         self._sampler = sampler_for(prepared.model, options, len(prompt_ids), limit, prepared.probe.margin, constraint)
         self._tally = Tally()
         self._lean, self._draft_forwards = False, 0
@@ -215,11 +216,22 @@ class Turn:
     def _names(self) -> Sequence[str]:
         return DEFAULT_DRAFTERS if self._options.drafters is None else self._options.drafters
 
-    def _blend(self, read: Sequence[PhrasePool], documents: PhrasePool | None) -> tuple[Drafter, DraftModel | None]:
+    def _blend(
+        self, read: Sequence[PhrasePool], documents: PhrasePool | None, corpora: Sequence[PhrasePool]
+    ) -> tuple[Drafter, DraftModel | None]:
         names = self._names
         memory, text = self._session.memory, RunningText()
         sampling = not self._options.greedy
-        found = sources(names, memory, text=text, write=self._write, read=read, documents=documents, sampling=sampling)
+        found = sources(
+            names,
+            memory,
+            text=text,
+            write=self._write,
+            read=read,
+            documents=documents,
+            corpora=corpora,
+            sampling=sampling,
+        )
         found = [*self._window_phrases(names), *found]
         if self._constraint is not None:
             found.insert(0, GrammarSource(self._constraint.place))

@@ -184,6 +184,15 @@ def test_the_agent_is_read_behind_and_written_only_if_wanted(kind: Any) -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_corpus_is_read(kind: Any) -> None:
+    speaker = Speaker("Yes.")
+    kind(ouroboros=speaker, corpus_scope="manuals").invoke("hi")
+    kind(ouroboros=speaker, corpus_scope="manuals").bind(corpus_scope="corpus:news").invoke("hi")
+    kind(ouroboros=speaker).invoke("hi")
+    assert [one.get("corpus_scopes") for one in speaker.calls] == [["corpus:manuals"], ["corpus:news"], None]
+
+
 # --- traces and cache keys ---
 
 

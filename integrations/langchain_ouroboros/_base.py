@@ -16,6 +16,7 @@ from typing_extensions import override
 from ouroboros_llm import DecodingOptions, GenerationResult, OptionError, Ouroboros, Piece, __version__
 from ouroboros_llm.defaults import DEFAULT_STORE, default_model, shared
 from ouroboros_llm.memory_pool import MemorySource
+from ouroboros_llm.scopes import corpus_of
 
 from ._scopes import SCOPES, FoundScopes, found_scopes
 
@@ -41,7 +42,7 @@ SAMPLING = (
 ALIASES = {"model_name": "model", "stop_sequences": "stop"}
 """Other providers' names for our fields."""
 
-SCOPE_SETTINGS = frozenset({"scope", "read_scopes", "learn_agent"})
+SCOPE_SETTINGS = frozenset({"scope", "read_scopes", "corpus_scope", "learn_agent"})
 """Fields that say whose phrases are used."""
 
 SPEED_SETTINGS = frozenset({"max_draft_tokens", "drafters", "timeout"})
@@ -68,6 +69,9 @@ class OuroborosFields(BaseLanguageModel[Any]):
     `session_id` or `conversation_id` of the run's config; without any, `conversation:default`, one user's own."""
     read_scopes: Sequence[str] = Field(default=(), repr=False)
     """Further scopes to read, in order. Behind them comes `agent:` and the name of the agent that calls, if any."""
+    corpus_scope: str | None = Field(default=None, repr=False)
+    """Documents that answers may quote, as `Ouroboros.index_documents` put them into a scope: "manuals" is
+    `corpus:manuals`."""
     learn_agent: bool = Field(default=False, repr=False)
     """Add answers to the agent's scope too, which all its conversations read: only where these may share what they
     say."""
@@ -249,6 +253,7 @@ class OuroborosFields(BaseLanguageModel[Any]):
                 options=options,
                 tools=tools,
                 kept_tokens=kept_tokens,
+                **({} if self.corpus_scope is None else {"corpus_scopes": [corpus_of(self.corpus_scope)]}),
             )
         return stream
 

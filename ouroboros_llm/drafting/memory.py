@@ -59,6 +59,7 @@ def sources(
     write: PhrasePool | None = None,
     read: Sequence[PhrasePool] = (),
     documents: PhrasePool | None = None,
+    corpora: Sequence[PhrasePool] = (),
     learns: bool = True,
     after: Literal["prompt", "answer"] = "answer",
     sampling: bool = False,
@@ -70,7 +71,7 @@ def sources(
         write: the pool of the session's scope; `learns`: whether rejected-but-right runs go there.
         read: pools of further scopes.
         after: what is looked up in pools of answers, where the text is opened anew in the middle of an answer.
-        documents: a pool of texts that answers may quote.
+        documents, corpora: pools of texts that answers may quote.
         sampling: whether the target samples.
     """
     found: list[Source] = []
@@ -79,8 +80,9 @@ def sources(
         if write is not None:
             found.append(PhraseSource("phrases", write, learns=learns, after=after))
         found += [PhraseSource("shared", pool, after=after) for pool in read]
-    if "retrieval" in drafters and documents is not None:
-        found.append(PhraseSource("retrieval", documents, after="prompt"))
+    if "retrieval" in drafters:
+        texts = [*corpora, *([] if documents is None else [documents])]
+        found += [PhraseSource("retrieval", pool, after="prompt") for pool in texts]
     if "recycling" in drafters:
         found.append(Recycling(memory.successors, sampling=sampling))
     return found

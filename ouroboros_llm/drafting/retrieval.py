@@ -73,7 +73,7 @@ def documents_pool(
             raise OptionError(
                 f"texts must be strings, but one is {type(text).__name__}; open files with read_documents"
             )
-        runs = [Run(run, answer=False) for run in _runs(text, tokenizer, seen)]
+        runs = [Run(run, answer=False) for run in runs_of(text, tokenizer, seen)]
         fitting = _fitting(runs, room)
         pool.add_all(fitting)
         room -= sum(len(run.token_ids) for run in fitting)
@@ -111,7 +111,8 @@ def paragraphs(text: str) -> list[str]:
     return [paragraph for pair in zip(parts[::2], parts[1::2], strict=True) if (paragraph := "".join(pair))]
 
 
-def _runs(text: str, tokenizer: PreTrainedTokenizerBase, seen: set[int]) -> Iterator[list[int]]:
+def runs_of(text: str, tokenizer: PreTrainedTokenizerBase, seen: set[int]) -> Iterator[list[int]]:
+    """The token runs of a text, without the paragraphs in `seen`, by hash, which grows by its own."""
     for stretch in _stretches(text, seen):
         encoded = tokenizer(stretch, add_special_tokens=False, verbose=False)
         token_ids: list[int] = encoded["input_ids"]

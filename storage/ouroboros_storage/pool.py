@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from ouroboros_llm.memory_pool import MemoryPool, Run
 from ouroboros_llm.phrases import Notebook, Phrase, PhrasePool, PoolStats
@@ -65,6 +65,13 @@ class StoredPool:
 
     def recall(self, prefix: str) -> Mapping[str, bytes]:
         return self._memory.recall(prefix)
+
+    def holds_all(self, keys: Collection[bytes]) -> bool:
+        return self._memory.holds_all(keys)
+
+    def take_out(self, runs: Collection[bytes], notes: Collection[str]) -> int:
+        """Drop runs and notes from memory; the database is the store's part."""
+        return self._memory.take_out(runs, notes)
 
     @property
     def stats(self) -> PoolStats:

@@ -257,6 +257,23 @@ class PhraseStore:
             self._erase(f"{count} runs are pruned")
             return count
 
+    def take_out(self, scope: str, *, fingerprint: str, runs: Collection[bytes], notes: Collection[str]) -> int:
+        """Erase single runs of a scope, by their keys (`ouroboros_llm.phrases.run_key`), and notes by their names.
+
+        Open pools of the scope forget everything, and read what is left when they are opened again. Returns the number
+        of runs the database held. Raises StoreError where it cannot be written.
+        """
+        key = ScopeKey(check_scope(scope), check_scope(fingerprint, "fingerprint"))
+        with self._lock:
+            self._check_open()
+            if self._pools.is_ephemeral(scope):
+                return self._pools.open(key, reachable=False).take_out(runs, notes)
+            self._write(patient=True)
+            count = self._ask(partial(upkeep.take_out, key=key, hashes=list(runs), names=list(notes)), write=True)
+            self._pools.forget({scope})
+            self._erase(f"{count} runs are erased")
+            return count
+
     def export(self, scope: str) -> Iterator[StoredRun]:
         """All runs of one scope, flushed first, in the order they were first written. Raises StoreError."""
         check_scope(scope)

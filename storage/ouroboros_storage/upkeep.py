@@ -85,6 +85,22 @@ def prune(connection: Connection, scope: str | None, bounds: Bounds) -> tuple[in
     return count, names
 
 
+def take_out(connection: Connection, key: ScopeKey, hashes: Sequence[bytes], names: Sequence[str]) -> int:
+    """Drop runs of a scope by their hashes, and notes by their names; returns the number of runs."""
+    of_key = scopes.c.name == key.scope, scopes.c.fingerprint == key.fingerprint
+    scope_id = connection.scalar(select(scopes.c.id).where(*of_key))
+    count = 0
+    for start in range(0, len(hashes), _BATCH):
+        some = runs.c.hash.in_(hashes[start : start + _BATCH])
+        count += connection.execute(delete(runs).where(runs.c.scope_id == scope_id, some)).rowcount
+    for start in range(0, len(names), _BATCH):
+        some = notes.c.name.in_(names[start : start + _BATCH])
+        connection.execute(delete(notes).where(notes.c.scope_id == scope_id, some))
+    connection.execute(update(scopes).where(scopes.c.id == scope_id).values(generation=scopes.c.generation + 1))
+    _count_anew(connection, scopes.c.id == scope_id)
+    return count
+
+
 def merge(connection: Connection, source: str, target: str, *, into_existing: bool = True) -> int:
     """Add the runs and notes of one scope to another: counts add up, notes that are there stay.
 

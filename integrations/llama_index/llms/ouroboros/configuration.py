@@ -26,7 +26,7 @@ from ouroboros_llm import DecodingOptions, OptionError, Ouroboros
 from ouroboros_llm.defaults import DEFAULT_STORE, default_model, shared
 from ouroboros_llm.ouroboros import DEFAULT_MAX_NEW_TOKENS
 from ouroboros_llm.replies.asked import REPLY_SETTINGS
-from ouroboros_llm.scopes import current_scope
+from ouroboros_llm.scopes import corpus_of, current_scope
 
 from .asking import our_names
 from .scopes import tagged_scope
@@ -51,7 +51,7 @@ _OPTIONS = (
     "overflow",
     "drafters",
 )
-_KEYWORDS = (*_OPTIONS, "grammar", "scope", "read_scopes", *sorted(REPLY_SETTINGS))
+_KEYWORDS = (*_OPTIONS, "grammar", "scope", "read_scopes", "corpus_scope", *sorted(REPLY_SETTINGS))
 
 
 class ConfiguredLLM(FunctionCallingLLM):
@@ -82,6 +82,11 @@ class ConfiguredLLM(FunctionCallingLLM):
     )
     read_scopes: tuple[str, ...] = Field(
         default=(), description="Further scopes to read, in order, e.g. 'corpus:manuals'."
+    )
+    corpus_scope: str | None = Field(
+        default=None,
+        description="Documents that answers may quote, as index_documents puts them there, e.g. 'manuals', which is "
+        "the scope 'corpus:manuals'; only read.",
     )
     ouroboros: Any = Field(
         default=None,
@@ -187,7 +192,8 @@ class ConfiguredLLM(FunctionCallingLLM):
         """Scopes of one call, where it is made: its own keyword, `ouroboros_scope`, the field, the tags around it."""
         scope = next(filter(None, (call.get("scope"), current_scope(), self.scope, tagged_scope())), None)
         read = self.read_scopes if call.get("read_scopes") is None else call["read_scopes"]
-        return {"scope": scope, "read_scopes": read}
+        corpus = call.get("corpus_scope") or self.corpus_scope
+        return {"scope": scope, "read_scopes": read} | ({"corpus_scopes": [corpus_of(corpus)]} if corpus else {})
 
     @field_validator("model", "draft_model", "device", "dtype", mode="before")
     @classmethod

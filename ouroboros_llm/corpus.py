@@ -1,0 +1,241 @@
+"""Documents in a scope of their own, which answers may quote and nobody adds answers to."""
+
+from __future__ import annotations
+
+import json
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .drafting.retrieval import runs_of
+from .errors import OptionError, StoreError
+from .memory_pool import MemorySource
+from .phrases import DocumentNotebook, Library, Notebook, PhrasePool, PoolSource, run_key
+from .sources import open_pool
+
+_NOTES = "document/"
+"""What the names of notes on documents begin with."""
+
+_IN_MEMORY = 1_000_000
+"""Tokens of a corpus that is only in memory."""
+
+_FLUSHED = 100_000
+"""Tokens after which documents are made durable."""
+
+Texts = Iterable[str] | Mapping[str, str | Sequence[str]]
+"""Texts, or texts by the ids of documents; several texts of one document are its parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """What `index_documents` did."""
+
+    ids: tuple[str, ...]
+    """Of the documents given, in their order. A text without an id has the hash of what it says."""
+    added: int
+    """Documents that were not there, or said something else."""
+    unchanged: int
+    """Documents that were there; they cost a look at their hash."""
+    tokens: int
+    """Of the documents added."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A document in a corpus."""
+
+    id: str
+    content: str
+    """Hash of its texts."""
+    tokens: int
+    runs: tuple[str, ...]
+    """Keys of its runs, hexadecimal."""
+
+    @property
+    def name(self) -> str:
+        return _NOTES + _hash(self.id)
+
+    @property
+    def keys(self) -> list[bytes]:
+        return [bytes.fromhex(run) for run in self.runs]
+
+
+def is_corpus(pool: PhrasePool) -> bool:
+    """Whether documents were indexed in a scope."""
+    return isinstance(pool, Notebook) and bool(pool.recall(_NOTES))
+
+
+class Corpus:
+    """The documents of one scope, for one tokenizer. Not safe to change from several threads at once."""
+
+    def __init__(
+        self, source: PoolSource, pool: PhrasePool, tokenizer: PreTrainedTokenizerBase, scope: str, fingerprint: str
+    ) -> None:
+        """`pool`: that of `scope` in `source`, for the tokenizer that `fingerprint` is of."""
+        if not isinstance(source, Library) or not isinstance(pool, DocumentNotebook):
+            raise StoreError(
+                f"documents need a store that keeps notes and lets go of runs, but {type(source).__name__} does not; "
+                "use a PhraseStore, or None"
+            )
+        self._source: Any = source
+        self._pool: Any = pool
+        self._tokenizer = tokenizer
+        self._scope, self._fingerprint = scope, fingerprint
+
+    def entries(self) -> dict[str, Entry]:
+        """The documents by their ids."""
+        found = [_entry(data) for data in self._pool.recall(_NOTES).values()]
+        return {entry.id: entry for entry in found if entry is not None}
+
+    def index(self, documents: Texts, advance: Callable[[int], object] | None = None) -> Indexed:
+        """See `Ouroboros.index_documents`."""
+        given, known = _by_id(documents), self.entries()
+        if not known and self._pool.stats.runs:
+            raise OptionError(
+                f"scope {self._scope!r} holds answers; documents need a scope of their own, as in 'corpus:manuals'"
+            )
+        elsewhere = {entry.content: entry for entry in known.values() if entry.id not in given}
+        stale: list[Entry] = []
+        renamed: list[str] = []
+        added, tokens, waiting = 0, 0, 0
+        for id, texts in given.items():
+            content, before = _hash(*texts), known.get(id)
+            if before is None and (other := elsewhere.pop(content, None)) is not None:
+                # The same under another id, as where ids are made anew by every process.
+                before = known[id] = self._note(replace(known.pop(other.id), id=id))
+                renamed.append(other.name)
+            if before is None or before.content != content or not self._pool.holds_all(before.keys):
+                stale += [] if before is None else [before]
+                known[id] = entry = self._add(id, content, texts)
+                added, tokens, waiting = added + 1, tokens + entry.tokens, waiting + entry.tokens
+            if waiting >= _FLUSHED:
+                self._source.flush()
+                waiting = 0
+            if advance is not None:
+                advance(1)
+        self._source.flush()
+        self._check_room(known.values())
+        self._let_go(stale, known, notes=renamed)
+        return Indexed(tuple(given), added, len(given) - added, tokens)
+
+    def remove(self, ids: Iterable[str]) -> int:
+        """See `Ouroboros.remove_documents`."""
+        if isinstance(ids, str):
+            raise OptionError(f"ids must be several, but got one string; write [{ids!r:.80}]")
+        known = self.entries()
+        gone = [known.pop(id) for id in dict.fromkeys(ids) if id in known]
+        self._let_go(gone, known, notes=[entry.name for entry in gone])
+        return len(gone)
+
+    def _add(self, id: str, content: str, texts: Sequence[str]) -> Entry:
+        seen = set[int]()
+        runs = [run for text in texts for run in runs_of(text, self._tokenizer, seen) if len(run) > 1]
+        for run in runs:
+            self._pool.add(run, answer=False)
+        return self._note(Entry(id, content, sum(map(len, runs)), tuple(run_key(run).hex() for run in runs)))
+
+    def _note(self, entry: Entry) -> Entry:
+        self._pool.remember({entry.name: json.dumps(asdict(entry)).encode()})
+        return entry
+
+    def _let_go(self, gone: Sequence[Entry], kept: Mapping[str, Entry], notes: Sequence[str]) -> None:
+        """Drop the runs that only these documents hold."""
+        held = {run for entry in kept.values() for run in entry.runs}
+        runs = {run for entry in gone for run in entry.runs} - held
+        if runs or notes:
+            keys = [bytes.fromhex(run) for run in runs]
+            self._source.take_out(self._scope, fingerprint=self._fingerprint, runs=keys, notes=notes)
+
+    def _check_room(self, entries: Iterable[Entry]) -> None:
+        lost = [entry for entry in entries if not self._pool.holds_all(entry.keys)]
+        if lost:
+            warnings.warn(
+                f"{self._scope} has no room for {len(lost)} of its documents, the first {lost[0].id!r:.80}, and no "
+                "answer is drafted from them; raise capacity and scope_quota of the store, or use several corpora",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+class Corpora:
+    """The corpora of a store. Those that answers quote stay open, so that they are read once. Thread-safe."""
+
+    _KEPT = 8
+
+    def __init__(self, store: PoolSource, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> None:
+        # In memory they have a source of their own: conversations that come and go must not push them out.
+        in_memory = isinstance(store, MemorySource)
+        self._source = MemorySource(capacity=_IN_MEMORY) if in_memory else store
+        self._tokenizer, self._fingerprint = tokenizer, fingerprint
+        self._open: OrderedDict[str, PhrasePool] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def open(self, scope: str) -> PhrasePool:
+        """The pool of documents for an answer; empty, with a warning, where the store fails."""
+        pool = open_pool(self._source, scope, self._fingerprint)
+        with self._lock:
+            self._open[scope] = pool
+            self._open.move_to_end(scope)
+            while len(self._open) > self._KEPT:
+                self._open.popitem(last=False)
+        return pool
+
+    def index(self, scope: str, documents: Texts, advance: Callable[[int], object] | None) -> Indexed:
+        with _indexing:
+            return self._corpus(scope).index(documents, advance)
+
+    def remove(self, scope: str, ids: Iterable[str]) -> int:
+        with _indexing:
+            return self._corpus(scope).remove(ids)
+
+    def clear(self) -> None:
+        """Hold no pool any longer."""
+        with self._lock:
+            self._open.clear()
+
+    def _corpus(self, scope: str) -> Corpus:
+        pool = self._source.open(scope, fingerprint=self._fingerprint)
+        return Corpus(self._source, pool, self._tokenizer, scope, self._fingerprint)
+
+
+_indexing = threading.Lock()
+"""Documents are compared with what is there, and then written: one after the other."""
+
+
+def _by_id(documents: Texts) -> dict[str, tuple[str, ...]]:
+    if isinstance(documents, str):
+        raise OptionError("documents must be several texts, but got one string; write [text]")
+    if isinstance(documents, Mapping):
+        given = {id: (texts,) if isinstance(texts, str) else tuple(texts) for id, texts in documents.items()}
+    else:
+        given = {_hash(text) if isinstance(text, str) else "": (text,) for text in documents}
+    for id, texts in given.items():
+        if not isinstance(id, str) or not all(isinstance(text, str) for text in texts):
+            raise OptionError(
+                f"documents must be texts, by ids that are strings or without, but got {id!r}: {texts!r:.80}"
+            )
+    return given
+
+
+def _hash(*texts: str) -> str:
+    """Of texts; where one ends and the next begins matters."""
+    found = blake2b(digest_size=16)
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        found.update(len(data).to_bytes(8, "little") + data)
+    return found.hexdigest()
+
+
+def _entry(data: bytes) -> Entry | None:
+    """None where a note is damaged: the document is then indexed again."""
+    try:
+        found = json.loads(data)
+        return Entry(found["id"], found["content"], int(found["tokens"]), tuple(found["runs"]))
+    except (ValueError, TypeError, KeyError):
+        return None
