@@ -507,6 +507,7 @@ class Ouroboros:
             raise
         self._sessions.keep(session, name, workspace)
         return len(prompt_ids)
+
     def _check_writable(self, pools: Mapping[str, PhrasePool]) -> None:
         if documents := next((name for name, pool in pools.items() if is_corpus(pool)), None):
             raise OptionError(f"scope {documents!r} holds documents, which are only read; name it in corpus_scopes")
