@@ -12,6 +12,7 @@ from platformdirs import user_data_path
 
 if TYPE_CHECKING:
     from .ouroboros import Ouroboros
+    from .target.prepared import Kind
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -50,7 +51,7 @@ def shared(
     device: str = "auto",
     dtype: Any = "auto",
     store: Any = DEFAULT_STORE,
-    target: str = "auto",
+    target: Kind = "auto",
 ) -> Ouroboros:
     """The process's `Ouroboros` for these arguments, loaded by the first call that asks for it.
 

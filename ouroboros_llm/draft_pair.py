@@ -9,17 +9,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import ModelError, OptionError, TokenizerMismatchError
 from .target.eager import vocabulary_size
-from .target.prepared import PreparedModel, prepare
+from .target.prepared import Kind, PreparedModel, prepare
 from .text import vocabulary_hash
 
 
 def load_draft(
-    draft_model: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+    draft_model: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, kind: Kind = "auto"
 ) -> PreparedModel:
     """The draft model, loaded where it is a name.
 
     Args:
         model, tokenizer, name: the target's.
+        kind: how its passes are made.
 
     Raises:
         TokenizerMismatchError: another vocabulary. ModelError: its states cannot be rewound. OptionError: no model.
@@ -37,7 +38,7 @@ def load_draft(
             f"draft_model must embed all {len(tokenizer)} tokens of the target's tokenizer, "
             f"but it has {vocabulary_size(draft)}; choose a smaller model of the same family"
         )
-    prepared = prepare(draft)
+    prepared = prepare(draft, kind)
     if not prepared.start().can_rewind:
         raise ModelError(
             "draft_model must be able to drop tokens it has read, but "

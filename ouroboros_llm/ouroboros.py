@@ -30,7 +30,7 @@ from .sources import flush, open_pool, open_source
 from .statistics import GenerationResult, Piece
 from .stream import Stream, off_the_loop, results
 from .target.eager import vocabulary_size
-from .target.prepared import locked, prepare
+from .target.prepared import KINDS, Kind, locked, prepare
 from .text import Prompt, encode, vocabulary_hash
 from .turn import Turn
 from .worker import worker_of
@@ -62,7 +62,7 @@ class Ouroboros:
         *,
         draft_model: Any = None,
         store: Any = None,
-        target: str = "auto",
+        target: Kind = "auto",
         documents: PhrasePool | None = None,
         max_active: int | None = None,
         max_waiting: int | None = None,
@@ -75,7 +75,9 @@ class Ouroboros:
                 (model, tokenizer), or a model whose tokenizer is known to be the same.
             store: None keeps phrases in memory; a URL (`sqlite:///phrases.db`), a SQLAlchemy engine or a `PhraseStore`
                 keeps them for later processes.
-            target: "auto" or "eager", the library's own forward.
+            target: how passes are made, the draft model's too: "eager" by the library's own forward, "static" padded to
+                a few widths, with attention of ours, "auto" as is faster: static on accelerators, where passes of fixed
+                shape can be replayed; on a CPU as measured.
             documents: texts that answers may quote, whoever asks (`documents_pool`); only read.
             max_active, max_waiting: answers that take turns at once, and further ones that may wait; whoever comes
                 then gets QueueFullError. They hold for the model, whoever wraps it. None: as they are, 16 and 1,024 at
@@ -84,8 +86,8 @@ class Ouroboros:
         Raises:
             ModelError: not a causal language model. TokenizerMismatchError: draft and target vocabularies differ.
         """
-        if target not in ("auto", "eager"):
-            raise OptionError(f"target must be 'auto' or 'eager', but got {target!r}")
+        if target not in KINDS:
+            raise OptionError(f"target must be 'auto', 'eager' or 'static', but got {target!r}")
         if not isinstance(model, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise OptionError(
                 f"model and tokenizer must be loaded ones, but got {type(model).__name__} and "
@@ -94,8 +96,8 @@ class Ouroboros:
         self.model, self.tokenizer = model, tokenizer
         self.name = str(model.config._name_or_path or type(model).__name__)
         self.fingerprint = vocabulary_hash(tokenizer)
-        self._prepared = prepare(model)
-        self._draft = None if draft_model is None else load_draft(draft_model, model, tokenizer, self.name)
+        self._prepared = prepare(model, target)
+        self._draft = None if draft_model is None else load_draft(draft_model, model, tokenizer, self.name, target)
         self._owns_store = not isinstance(store, PoolSource)
         self.store: PoolSource = open_source(store)
         if documents is not None and not isinstance(documents, PhrasePool):
@@ -108,6 +110,13 @@ class Ouroboros:
             if value is not None:
                 check_whole(limit, value, 1)
                 setattr(self._worker, limit, value)
+        if self._prepared.way.missed is not None:
+            warnings.warn(
+                f"{self.name} cannot make passes of fixed shape ({self._prepared.way.missed}), so the library's own "
+                "forward verifies its drafts, as with target='eager'",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         if self._prepared.probe.branching == "none":
             warnings.warn(
                 f"{self.name} keeps states that cannot be rewound, so it decodes without drafts, one token a pass",
@@ -124,7 +133,7 @@ class Ouroboros:
         device: str = "auto",
         dtype: Any = "auto",
         store: Any = None,
-        target: str = "auto",
+        target: Kind = "auto",
         documents: PhrasePool | None = None,
     ) -> Ouroboros:
         """Load a model by registry name, local path or hub id. See `Ouroboros` and `models.load` for the arguments."""

@@ -60,6 +60,15 @@ _ROOM = 256
 """Slots that buffers grow by at least."""
 
 
+def roomy(slots: int) -> int:
+    """The number of slots of a buffer that is to hold so many: one of a few, each at most half as many again as the
+    one before."""
+    capacity = _ROOM
+    while capacity < slots:
+        capacity = capacity * 3 // 2 if capacity & (capacity - 1) == 0 else capacity * 4 // 3
+    return capacity
+
+
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the library's hook is not typed
     """One layer's keys and values, [1, heads, capacity, head size], of which the first `length` slots count."""
 
@@ -84,7 +93,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the librar
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[2]
-        if end > self._capacity:
+        if end > self.capacity:
             self._grow(end, key_states.device)
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
@@ -127,10 +136,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the librar
     def _grow(self, length: int, device: torch.device) -> None:
         # What came from a file lies on one device, whichever the layer computes on.
         self.device = device
-        self.resize(max(length, self._capacity + max(self._capacity // 2, _ROOM)))
+        self.resize(max(length, self.capacity + max(self.capacity // 2, _ROOM)))
 
     @property
-    def _capacity(self) -> int:
+    def capacity(self) -> int:
+        """Slots that there are."""
         # Where memory ran out, one of the two may have grown alone.
         return min(self.keys.shape[2], self.values.shape[2])
 
@@ -169,6 +179,24 @@ class SlotCache:
 
     def mark(self) -> None:
         pass  # every length can be gone back to
+
+    @property
+    def capacity(self) -> int:
+        """Slots that every layer has."""
+        return min((layer.capacity for layer in self._used), default=0)
+
+    def reserve(self, slots: int) -> None:
+        """Let every layer have as many slots as the others, and so many at least."""
+        capacities = {layer.capacity for layer in self._used}
+        if len(capacities) > 1 or min(capacities, default=slots) < slots:
+            capacity = roomy(slots)
+            for layer in self._used:
+                layer.resize(capacity)
+
+    def extend(self, width: int) -> None:
+        """Count the next `width` slots of every layer, which were written in place."""
+        for layer in self._used:
+            layer.length += width
 
     @torch.inference_mode()
     def copy(self, length: int) -> SlotCache:

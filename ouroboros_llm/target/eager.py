@@ -5,17 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Cache, PreTrainedModel
 
-from ..draft_tree import DraftTree
+from ..draft_tree import MAX_WIDTH, DraftTree
 from .base import Branching
-from .cache import RewindableCache, cache_for
+from .cache import RewindableCache, SlotCache, cache_for
 from .masks import tree_masks
 from .packing import Packer
 from .pass_times import PassTimes
+
+if TYPE_CHECKING:
+    from .static import StaticForward
 
 PREFILL_CHUNK = 512
 """Prompt tokens per pass: bounds the memory of attention scores and activations."""
@@ -52,15 +55,17 @@ class EagerTarget:
         marks: bool = False,
         cache: RewindableCache | None = None,
         packer: Packer | None = None,
+        static: StaticForward | None = None,
     ) -> None:
         """`branching` is what `probe` found; `pass_times` is shared by all targets of one model; `marks`: keep what it
         takes to come back to the end of a prompt, where a cache cannot go back anyway; `packer`: makes passes of
-        several targets in one, if the model can be asked for that."""
+        several targets in one, if the model can be asked for that; `static`: verifies drafts in passes of fixed shape,
+        where the cache is a `SlotCache`."""
         self.model, self.branching = model, branching
         self.marks, self._marked = marks, True
         self.config: Any = model.config.get_text_config(decoder=True)
         self.pass_times = pass_times or PassTimes(kind_of(model))
-        self.packer = packer
+        self.packer, self.static = packer, static
         self.cache: RewindableCache = cache_for(self.config) if cache is None else cache
         self.token_ids: list[int] = []
         self._pending: tuple[int, ...] = ()
@@ -100,7 +105,7 @@ class EagerTarget:
     def verify(self, draft: DraftTree) -> torch.Tensor:
         began = perf_counter()
         self.begin(draft)
-        logits = self._forward(draft)
+        logits = self._verified(draft)
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         self.pass_times.add(draft.width, perf_counter() - began)
@@ -145,6 +150,7 @@ class EagerTarget:
             marks=self.marks,
             cache=self.cache.copy(length),
             packer=self.packer,
+            static=self.static,
         )
         other.token_ids = self.token_ids[:length]
         return other
@@ -156,6 +162,12 @@ class EagerTarget:
     @property
     def nbytes(self) -> int:
         return self.cache.nbytes
+
+    def _verified(self, draft: DraftTree) -> torch.Tensor:
+        # The first pass over a text makes its buffers.
+        if self.static and isinstance(self.cache, SlotCache) and self.token_ids and draft.width <= MAX_WIDTH:
+            return self.static.verify(draft, len(self.token_ids), self.cache)
+        return self._forward(draft)
 
     def _forward(self, draft: DraftTree, logits_to_keep: int = 0) -> torch.Tensor:
         """One pass over `draft` behind the committed text; logits [width, vocabulary], or of the last so many nodes."""
@@ -185,7 +197,8 @@ class EagerTarget:
         if isinstance(wanted, torch.Tensor):
             wanted = wanted.to(device)
         kept = {"logits_to_keep": wanted} if self._keeps_logits and wanted is not None else {}
-        output = self.model(
+        model = self.model if self.static is None else self.static.reader
+        output = model(
             input_ids=ids,
             position_ids=torch.tensor([positions], device=device),
             attention_mask=None if plain else tree_masks(rows, self.config, device, self.model.dtype),

@@ -30,8 +30,10 @@ class PassTimes:
     do not look dear beside narrow ones of a fast stretch, and single slow passes hardly count.
     """
 
-    def __init__(self, kind: str) -> None:
-        """`kind`: a key of `PRIOR_COSTS`; anything else is taken for an accelerator."""
+    def __init__(self, kind: str, *, padded: bool = False) -> None:
+        """`kind`: a key of `PRIOR_COSTS`; anything else is taken for an accelerator. `padded`: drafts are filled up to
+        the next of `WIDTHS`, so that all up to there take as long."""
+        self._padded = padded
         self._knots = [log(cost) for cost in PRIOR_COSTS.get(kind, PRIOR_COSTS["cuda"])]
         self._pace: float | None = None
         self._costs = self._table()
@@ -42,14 +44,14 @@ class PassTimes:
         if self._pace is None:
             self._pace = log(seconds) - self._knots[0] - expected
         surprise = log(seconds) - self._pace - self._knots[0] - expected
-        knot = min(range(len(WIDTHS)), key=lambda knot: abs(WIDTHS[knot] - width))
+        knot = self._knot(width)
         self._pace += _PACE_RATE * _clipped(surprise, _PACE_STEP)
         self._knots[knot] += _COST_RATE * _clipped(surprise, _COST_STEP)
         self._costs = self._table()
 
     def cost(self, width: int) -> float:
-        """Time of a pass over `width` tokens in units of a pass over one; linear between knots and beyond the last,
-        never falling."""
+        """Time of a pass over `width` tokens in units of a pass over one; between knots linear, or that of the next
+        one where passes are padded; linear beyond the last; never falling."""
         if width <= WIDTHS[-1]:
             return self._costs[width]
         slope = (self._costs[WIDTHS[-1]] - self._costs[WIDTHS[-2]]) / (WIDTHS[-1] - WIDTHS[-2])
@@ -65,8 +67,16 @@ class PassTimes:
         """Seconds of a pass over one token at the moment, deduced from other widths too; None before any pass."""
         return None if self._pace is None else exp(self._pace + self._knots[0])
 
+    def _knot(self, width: int) -> int:
+        """The knot that a pass over so many tokens says most of."""
+        if self._padded:
+            return int(np.searchsorted(WIDTHS[:-1], width))
+        return min(range(len(WIDTHS)), key=lambda knot: abs(WIDTHS[knot] - width))
+
     def _table(self) -> list[float]:
         costs = np.maximum.accumulate(np.exp(np.subtract(self._knots, self._knots[0])))
+        if self._padded:
+            return [float(costs[self._knot(width)]) for width in range(WIDTHS[-1] + 1)]
         return [float(cost) for cost in np.interp(range(WIDTHS[-1] + 1), WIDTHS, costs)]
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
 from ..draft_tree import DraftTree
+from ..errors import ModelError
 from .base import Branching, Pass
 from .eager import EagerTarget, vocabulary_size
 from .masks import takes_masks
 from .packing import Packer, can_pack
 from .pass_times import PassTimes
+from .static import StaticForward
 from .stepwise import StepwiseTarget
 
 _TEXT = (5, 9, 2, 7, 3, 9, 4, 8)
@@ -23,7 +27,7 @@ _LONG = _TEXT + tuple(range(96))
 _TREE = DraftTree((6, 3, 8, 9, 4, 2), (-1, 0, 0, 1, 2, 3), (1.0,) * 6, ("",) * 6, (None,) * 6)
 
 
-_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
+FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +55,36 @@ def probe(model: PreTrainedModel) -> Probe:
         return _undrafted(model)
     kinds: tuple[Branching, ...] = ("tree", "chain") if _takes_trees(model) else ("chain",)
     for branching in kinds:
-        error, near, scale = _errors(model, _TREE if branching == "tree" else _TREE.main_chain(), branching)
+        draft = _TREE if branching == "tree" else _TREE.main_chain()
+        error, near, scale = _errors(draft, partial(EagerTarget, model, branching), partial(EagerTarget, model, "none"))
         if error <= scale * _tolerance(model):
             return Probe(branching, 2 * near, packs=branching == "tree" and _packs(model, scale))
     return _undrafted(model)
+
+
+def probe_static(model: PreTrainedModel, static: StaticForward, found: Probe) -> Probe:
+    """What `found`, of a model that verifies trees, becomes where passes are of fixed shape.
+
+    Raises:
+        ModelError: these passes give other logits than the model's own, or none. The message says what is wrong with
+            the model, as a clause.
+    """
+    start = partial(EagerTarget, model, "tree", static=static)
+    error, _, scale = _errors(_TREE, start, partial(EagerTarget, model, "none"))
+    if error > scale * _tolerance(model):
+        raise ModelError(_reason(start) or f"its logits are off by {error:.2g} of {scale:.2g}")
+    _, near, _ = _errors(_TREE, start, start)
+    return replace(found, margin=2 * near)
+
+
+def _reason(start: Callable[[], EagerTarget]) -> str | None:
+    """Why a pass over a draft fails, if it does."""
+    try:
+        target = _read(start)
+        target.verify(DraftTree.root(target.token_ids[-1]))
+    except FAILURES as error:
+        return str(error)
+    return None
 
 
 def _undrafted(model: PreTrainedModel) -> Probe:
@@ -66,7 +96,7 @@ def _undrafted(model: PreTrainedModel) -> Probe:
         target.keep((0,))
         continued = target.prefill(text)
         plain = StepwiseTarget(model).prefill(text)
-    except _FAILURES:
+    except FAILURES:
         return Probe("none", 0.0, continues=False)
     error = float((continued - plain).abs().nan_to_num(float("inf")).max())
     return Probe("none", 0.0, continues=error <= float(plain.abs().max()) * _tolerance(model))
@@ -87,30 +117,32 @@ def _can_drop(model: PreTrainedModel) -> bool:
     try:
         if not target.cache.can_drop:
             target.prefill(_tokens(model, _TEXT))
-    except _FAILURES:
+    except FAILURES:
         return False
     return target.cache.can_drop
 
 
-def _errors(model: PreTrainedModel, draft: DraftTree, branching: Branching) -> tuple[float, float, float]:
+def _errors(
+    draft: DraftTree, start: Callable[[], EagerTarget], plain: Callable[[], EagerTarget]
+) -> tuple[float, float, float]:
     """The largest difference drafting makes to a logit (infinite where a pass fails), the largest to one of the
-    likeliest eight, and the largest logit."""
-    draft = replace(draft, token_ids=tuple(_tokens(model, draft.token_ids)))
+    likeliest eight, and the largest logit; compared with passes of a `plain` target over one token each."""
+    draft = replace(draft, token_ids=tuple(_tokens(start().model, draft.token_ids)))
     leaf = draft.width - 1
     path = draft.path_to(leaf)
     try:
-        drafted = _read(model, branching)
+        drafted = _read(start)
         wide = drafted.verify(draft)[list(path)]
         # Committing a part of the path and stepping on shows whether what was dropped is really gone.
         drafted.keep(path[:2])
         after = drafted.verify(DraftTree.root(draft.token_ids[path[2]]))
-    except _FAILURES:
+    except FAILURES:
         return float("inf"), 0.0, 0.0
-    plain = torch.cat(_step_by_step(model, [draft.token_ids[node] for node in path]))
-    differences = (torch.cat([wide, after]) - torch.cat([plain, plain[2:3]])).abs().nan_to_num(float("inf"))
-    likeliest = torch.cat([plain, plain[2:3]]).topk(min(8, plain.shape[-1])).indices
+    alone = torch.cat(_step_by_step(plain, [draft.token_ids[node] for node in path]))
+    differences = (torch.cat([wide, after]) - torch.cat([alone, alone[2:3]])).abs().nan_to_num(float("inf"))
+    likeliest = torch.cat([alone, alone[2:3]]).topk(min(8, alone.shape[-1])).indices
     near = differences.gather(-1, likeliest).max()
-    return float(differences.max()), float(near), float(plain.abs().max())
+    return float(differences.max()), float(near), float(alone.abs().max())
 
 
 def _packs(model: PreTrainedModel, scale: float) -> bool:
@@ -122,7 +154,7 @@ def _packs(model: PreTrainedModel, scale: float) -> bool:
         found = [_in_one(together), _in_one(together)]
         wanted = [_each(alone), _each(alone)]
         company = _in_one(_texts(model, others=7))
-    except _FAILURES:
+    except FAILURES:
         return False
     # Of random text, half precision rounds single nodes to something else altogether; a wrong mask spoils most nodes.
     typical = torch.amax if model.dtype in (torch.float32, torch.float64) else torch.median
@@ -156,15 +188,16 @@ def _kept(passes: list[Pass], logits: list[torch.Tensor]) -> torch.Tensor:
 def _texts(model: PreTrainedModel, others: int = 0) -> list[Pass]:
     """Passes over a tree, over one token, over a prompt and over a tree; `others` changes the texts in between."""
     tree = replace(_TREE, token_ids=tuple(_tokens(model, _TREE.token_ids)))
-    first, last = _read(model, "tree"), _read(model, "tree", _TEXT[::-1])
+    start = partial(EagerTarget, model, "tree")
+    first, last = _read(start), _read(start, _TEXT[::-1])
     between = _tokens(model, tuple(token_id + others for token_id in _LONG[:24]))
-    short, root = _read(model, "tree", tuple(between[:11])), DraftTree.root(between[-1])
-    prompt = Pass(EagerTarget(model, "tree"), root, between, 3)
+    short, root = _read(start, tuple(between[:11])), DraftTree.root(between[-1])
+    prompt = Pass(start(), root, between, 3)
     return [Pass(first, tree), Pass(short, root), prompt, Pass(last, tree)]
 
 
-def _step_by_step(model: PreTrainedModel, token_ids: list[int]) -> list[torch.Tensor]:
-    target = _read(model, "none")
+def _step_by_step(start: Callable[[], EagerTarget], token_ids: list[int]) -> list[torch.Tensor]:
+    target = _read(start)
     logits = []
     for token_id in token_ids:
         logits.append(target.verify(DraftTree.root(token_id)))
@@ -172,9 +205,9 @@ def _step_by_step(model: PreTrainedModel, token_ids: list[int]) -> list[torch.Te
     return logits
 
 
-def _read(model: PreTrainedModel, branching: Branching, text: tuple[int, ...] = _TEXT) -> EagerTarget:
-    target = EagerTarget(model, branching)
-    target.prefill(_tokens(model, text))
+def _read(start: Callable[[], EagerTarget], text: tuple[int, ...] = _TEXT) -> EagerTarget:
+    target = start()
+    target.prefill(_tokens(target.model, text))
     target.keep((0,))
     return target
 

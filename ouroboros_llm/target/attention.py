@@ -1,0 +1,116 @@
+"""Attention of a draft's nodes over slots of fixed number, of which a tensor says how many hold text.
+
+Nothing here depends on a number that only the device knows, so the same operations serve every text and can be recorded
+once and replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..draft_tree import DraftTree
+
+Sees = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""The library's index predicate of a kind of layer: (batch, head, query position, key position) -> visible."""
+
+
+class Nodes:
+    """The nodes of one pass, in tensors that stay where they are: a pass over other nodes is other numbers in them.
+
+    Attributes:
+        ids, positions: [1, width].
+        slots: [width], where each node's keys and values are written: behind the text.
+        lineage: [width], one bit for the node itself and for each of its ancestors.
+        length: a number, the tokens of the text.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.width = width
+        # One row, so that one copy brings all of it to the device.
+        self._row = torch.zeros(4 * width + 1, dtype=torch.long, device=device)
+        self._staged = torch.zeros(4 * width + 1, dtype=torch.long, pin_memory=device.type == "cuda")
+        ids, positions, self.slots, self.lineage = self._row[:-1].view(4, width)
+        self.ids, self.positions, self.length = ids[None], positions[None], self._row[-1]
+
+    def fill(self, draft: DraftTree, length: int, vocabulary: int) -> None:
+        """Take the nodes of `draft` behind so many tokens. What is left of the width sees nothing but itself."""
+        rows = self._staged.numpy()[:-1].reshape(4, self.width)
+        # An id outside the vocabulary cannot be looked up. The target never chooses one, so any stand-in is right.
+        known = [token_id if token_id < vocabulary else 0 for token_id in draft.token_ids]
+        rows[0, : draft.width], rows[0, draft.width :] = known, 0
+        rows[1, : draft.width], rows[1, draft.width :] = draft.depths, 0
+        rows[1] += length
+        rows[2] = np.arange(length, length + self.width)
+        rows[3] = _lineage(draft.parents, self.width)
+        self._staged[-1] = length
+        self._row.copy_(self._staged, non_blocking=True)
+
+    def seen(self, sees: Sees, slots: int) -> torch.Tensor:
+        """[1, 1, width, slots]: whether the row's node sees the column's slot in a kind of layer."""
+        device = self.ids.device
+        zero = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+        slot = torch.arange(slots, device=device)
+        node = (slot - self.length).clamp(0, self.width - 1)
+        committed = slot < self.length
+        positions = torch.where(committed, slot, self.positions[0, node])
+        own = ((self.lineage[:, None] >> node) & 1).bool() & (slot < self.length + self.width)
+        allowed = sees(zero, zero, self.positions[:, None, :, None], positions[None, None, None])
+        seen: torch.Tensor = allowed & (committed | own)
+        return seen
+
+
+def _lineage(parents: Sequence[int], width: int) -> list[int]:
+    """Per node the bits of itself and its ancestors, as signed 64-bit numbers."""
+    bits = [1 << node for node in range(width)]
+    for node, parent in enumerate(parents[1:], start=1):
+        bits[node] |= bits[parent]
+    return [word - (1 << 64) if word >> 63 else word for word in bits]
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of nodes over slots.
+
+    Args:
+        query: [1, heads, width, size].
+        key, value: [1, key heads, slots, size].
+        seen: [1, 1, width, slots], as `Nodes.seen` gives it.
+        scaling: of the scores; None: 1 / sqrt(size).
+        softcap: what scores are squeezed below.
+        sinks: [heads], scores that take their share of attention and bring nothing.
+
+    Returns:
+        [1, width, heads, value size].
+    """
+    _, heads, width, size = query.shape
+    groups = heads // key.shape[1]
+    # Heads that share keys are rows of one product: keys and values are not repeated for them.
+    rows = query.reshape(1, key.shape[1], groups * width, size)
+    mask = seen.expand(1, groups, width, -1).reshape(1, 1, groups * width, -1)
+    if softcap is None and sinks is None:
+        found = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+    else:
+        scores = (rows @ key.transpose(2, 3)).float() * (size**-0.5 if scaling is None else scaling)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        found = _shares(scores.masked_fill(~mask, float("-inf")), sinks, width).to(value.dtype) @ value
+    return found.reshape(1, heads, width, -1).transpose(1, 2).contiguous()
+
+
+def _shares(scores: torch.Tensor, sinks: torch.Tensor | None, width: int) -> torch.Tensor:
+    """Softmax of [1, key heads, groups * width, slots], with what sinks take of it left out."""
+    if sinks is None:
+        return scores.softmax(-1)
+    taken = sinks.float().view(1, scores.shape[1], -1, 1).expand(-1, -1, -1, width).reshape(1, scores.shape[1], -1, 1)
+    return torch.cat([scores, taken], -1).softmax(-1)[..., :-1]
