@@ -17,16 +17,23 @@ from transformers import (
     AutoModelForCausalLM,
     BambaConfig,
     BloomConfig,
+    FalconConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    PhiConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
     Qwen3NextConfig,
 )
@@ -90,12 +97,48 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     ),
 }
 
+MORE_ARCHITECTURES: dict[str, Callable[[], Any]] = {
+    "qwen2": lambda: Qwen2Config(**_SIZES),
+    "phi": lambda: PhiConfig(**_SIZES),
+    "gpt_oss": lambda: GptOssConfig(
+        **_SIZES,
+        sliding_window=12,
+        layer_types=["sliding_attention", "full_attention"],
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "llama4_chunked": lambda: Llama4TextConfig(
+        **_SIZES, attention_chunk_size=16, num_local_experts=2, intermediate_size_mlp=48
+    ),
+    "gemma2_softcap": lambda: Gemma2Config(**_SIZES, sliding_window=12, attn_logit_softcapping=2.0),
+    # Both compute attention by code of their own, whatever their configuration says.
+    "gptj": lambda: GPTJConfig(**_SIZES, n_embd=32, n_layer=2, n_head=4, n_positions=512, rotary_dim=4),
+    "falcon": lambda: FalconConfig(**{name: size for name, size in _SIZES.items() if name != "head_dim"}),
+}
+"""For what concerns attention alone."""
+
+STATIC = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral_sliding",
+    "gemma3_mixed",
+    "gpt_neox",
+    "phi",
+    "gpt_oss",
+    "gpt2",
+    "llama4_chunked",
+    "gemma2_softcap",
+)
+"""Architectures whose drafts are verified in passes of fixed shape, if that is asked for."""
+
 
 @functools.cache
 def tiny_model(architecture: str = "llama", seed: int = 0, context: int = 512) -> PreTrainedModel:
     """A random float32 model of two layers; the same object for the same arguments."""
     torch.manual_seed(seed)
-    config = ARCHITECTURES[architecture]()
+    config = (ARCHITECTURES | MORE_ARCHITECTURES)[architecture]()
     config.max_position_embeddings = context
     return AutoModelForCausalLM.from_config(config).eval()
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, blend, byte_tokenizer, plain, tiny_model
+from conftest import ARCHITECTURES, MORE_ARCHITECTURES, STATIC, blend, byte_tokenizer, plain, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,7 @@ from ouroboros_llm.drafting.base import Budget, NoDrafts, Round
 from ouroboros_llm.drafting.names import DRAFTERS
 from ouroboros_llm.drafting.recycling import KEPT
 from ouroboros_llm.sampling import Sampler
-from ouroboros_llm.target.prepared import prepare
+from ouroboros_llm.target.prepared import Kind, prepare
 from ouroboros_llm.target.scripted import ScriptedTarget
 
 PROMPTS = ("the cat sat on the mat, the cat sat on", "abcabcabcabc", "x", "def f(a):\n    return a\n\ndef f(a):\n" * 8)
@@ -46,8 +46,12 @@ def pool_of(contents: str, wanted: list[int]) -> MemoryPool:
     return pool
 
 
-def decode(architecture: str, prompt_ids: list[int], drafter: object, width: int | None = None) -> list[int]:
-    decoder = Decoder(prepare(tiny_model(architecture)).start(), drafter, width=width, successors=KEPT)
+def decode(
+    architecture: str, prompt_ids: list[int], drafter: object, width: int | None = None, kind: Kind = "eager"
+) -> list[int]:
+    prepared = prepare(tiny_model(architecture), kind)
+    assert prepared.way.missed is None
+    decoder = Decoder(prepared.start(), drafter, width=width, successors=KEPT)
     rounds = decoder.rounds(prompt_ids, Sampler(), limit=TOKENS, end_token_ids={2})
     return [token_id for round in rounds for token_id in round.token_ids]
 
@@ -55,12 +59,25 @@ def decode(architecture: str, prompt_ids: list[int], drafter: object, width: int
 @pytest.mark.parametrize("contents", ["empty", "right", "wrong", "branching", "foreign"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_pools_change_no_token(architecture: str, contents: str) -> None:
+    check_pools(architecture, contents, "eager")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [*((name, "static") for name in STATIC), *((name, "eager") for name in STATIC if name in MORE_ARCHITECTURES)],
+)
+def test_passes_of_every_kind_change_no_token(architecture: str, kind: Kind) -> None:
+    check_pools(architecture, "branching", kind, widths=(5, 64))
+    check_pools(architecture, "foreign", kind, widths=(None,))
+
+
+def check_pools(architecture: str, contents: str, kind: Kind, widths: Sequence[int | None] = (None, 2, 5, 64)) -> None:
     for prompt in PROMPTS:
         wanted = plain(tiny_model(architecture), ids(prompt), TOKENS)
-        for width in (None, 2, 5, 64):
+        for width in widths:
             drafter = blend(write=pool_of(contents, wanted))
             for _ in range(2):  # the second time with what was recycled in the first
-                assert decode(architecture, ids(prompt), drafter, width) == wanted, (prompt, width)
+                assert decode(architecture, ids(prompt), drafter, width, kind) == wanted, (prompt, width)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "mistral_sliding", "gemma3_mixed"])
@@ -101,6 +118,7 @@ class Pools:
     runs=st.lists(st.lists(st.integers(0, 300), max_size=30), max_size=5),
     documents=st.lists(st.lists(st.integers(5, 12), max_size=30), max_size=3),
     temperature=st.sampled_from([0.0, 0.7]),
+    target=st.sampled_from(["eager", "static"]),
     max_draft_tokens=st.sampled_from([None, 0, 1, 6, 63]),
 )
 def test_sources_alone_and_together_change_no_token(
@@ -109,6 +127,7 @@ def test_sources_alone_and_together_change_no_token(
     runs: list[list[int]],
     documents: list[list[int]],
     temperature: float,
+    target: Kind,
     max_draft_tokens: int | None,
 ) -> None:
     own, quoted = MemoryPool(), MemoryPool()
@@ -119,7 +138,12 @@ def test_sources_alone_and_together_change_no_token(
     torch.manual_seed(7)
     wanted = plain(tiny_model(), prompt, TOKENS, **sampling)
     with Ouroboros(
-        tiny_model(), byte_tokenizer(), draft_model=tiny_model(seed=1), store=Pools(own), documents=quoted
+        tiny_model(),
+        byte_tokenizer(),
+        draft_model=tiny_model(seed=1),
+        store=Pools(own),
+        documents=quoted,
+        target=target,
     ) as ouroboros:
         for _ in range(2):
             result = ouroboros.generate(
@@ -164,11 +188,18 @@ class Adversary:
 
 
 @pytest.mark.parametrize("kind", ["wrong", "end inside", "past the limit", "wide"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom_chains", "lfm2_chains", "mamba_plain"])
-def test_adversarial_drafts_change_no_token(architecture: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "target"),
+    [
+        *((name, "eager") for name in ("llama", "gpt2", "bloom_chains", "lfm2_chains", "mamba_plain")),
+        *((name, "static") for name in ("llama", "gpt_oss")),
+    ],
+)
+def test_adversarial_drafts_change_no_token(architecture: str, target: Kind, kind: str) -> None:
     for prompt in PROMPTS:
         wanted = plain(tiny_model(architecture), ids(prompt), TOKENS)
-        assert decode(architecture, ids(prompt), Adversary(wanted, kind, len(ids(prompt)))) == wanted
+        adversary = Adversary(wanted, kind, len(ids(prompt)))
+        assert decode(architecture, ids(prompt), adversary, kind=target) == wanted
 
 
 def test_drafts_are_accepted_at_all() -> None:
@@ -181,11 +212,12 @@ def test_drafts_are_accepted_at_all() -> None:
     assert sum(len(round.accepted) for round in rounds) > TOKENS / 2
 
 
-def test_the_end_of_the_context_is_never_passed() -> None:
+@pytest.mark.parametrize("target", ["eager", "static"])
+def test_the_end_of_the_context_is_never_passed(target: Kind) -> None:
     """GPT-2 looks positions up: one node too deep would be an error, not a wrong token."""
     model = tiny_model("gpt2")
     prompt_ids = [5 + number % 3 for number in range(490)]
-    with Ouroboros(model, byte_tokenizer()) as ouroboros:
+    with Ouroboros(model, byte_tokenizer(), target=target) as ouroboros:
         result = ouroboros.generate(prompt_ids, options=DecodingOptions(max_new_tokens=100))
     assert list(result.token_ids) == plain(model, prompt_ids, 512 - 490)
     assert result.finish_reason == "length"

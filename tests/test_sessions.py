@@ -46,12 +46,16 @@ BACKWARD = [
     name for name in ARCHITECTURES if name not in ("lfm2_chains", "mamba_plain", "bamba_plain", "qwen3_next_plain")
 ]
 """Architectures whose caches go back to any length."""
+STATIC = ["gemma3_mixed static"]
+"""Passes of fixed shape over slots that grow in steps."""
 FORWARD = ["lfm2_chains", "bamba_plain", "qwen3_next_plain"]
 """Those whose states only go forward, and rightly so by many tokens at once."""
 
 
 def make(architecture: str = "llama", **arguments: Any) -> Ouroboros:
-    return Ouroboros(tiny_model(architecture), byte_tokenizer(), **arguments)
+    """Of an architecture, or of one whose passes are "static"."""
+    name, _, target = architecture.partition(" ")
+    return Ouroboros(tiny_model(name), byte_tokenizer(), target=target or "eager", **arguments)
 
 
 def bounded(limit: int, **arguments: Any) -> tuple[Ouroboros, WorkspaceMemory]:
@@ -77,7 +81,7 @@ def check(ouroboros: Ouroboros, prompt: list[int], scope: str = "c", new: int = 
 # The longest common prefix, whatever became of the tail.
 
 
-@pytest.mark.parametrize("architecture", BACKWARD)
+@pytest.mark.parametrize("architecture", [*BACKWARD, *STATIC])
 def test_an_edited_tail_costs_the_tail(architecture: str) -> None:
     with make(architecture) as ouroboros:
         answer, cached = check(ouroboros, SYSTEM)
@@ -135,7 +139,9 @@ def edited(prompts: list[list[int]], answer: list[int], edit: tuple[str, float, 
     }[kind][:300] or tokens
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_mixed", "mistral_sliding", "gpt2", *FORWARD, "mamba_plain"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "gemma3_mixed", "mistral_sliding", "gpt2", *FORWARD, "mamba_plain", *STATIC]
+)
 @settings(max_examples=8, deadline=None)
 @given(edits=edits)
 def test_no_edit_changes_an_answer(architecture: str, edits: list[Any]) -> None:
@@ -454,7 +460,7 @@ def test_where_no_copy_can_be_had_the_prompt_is_read(monkeypatch: pytest.MonkeyP
 # Kept prefixes.
 
 
-@pytest.mark.parametrize("architecture", [*BACKWARD, *FORWARD])
+@pytest.mark.parametrize("architecture", [*BACKWARD, *FORWARD, *STATIC])
 def test_a_kept_prefix_serves_turns_at_once(architecture: str) -> None:
     with make(architecture) as ouroboros:
         assert ouroboros.keep_prefix(SYSTEM, scope="c", name="system") == len(SYSTEM)
@@ -556,7 +562,7 @@ def test_a_kept_prefix_helps_the_draft_model_too(monkeypatch: pytest.MonkeyPatch
 # Errors.
 
 
-@pytest.mark.parametrize("architecture", ["llama", *FORWARD])
+@pytest.mark.parametrize("architecture", ["llama", *FORWARD, *STATIC])
 def test_a_pass_that_fails_leaves_no_wrong_states(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with make(architecture) as ouroboros:
         answer, _ = check(ouroboros, SYSTEM)
@@ -615,7 +621,7 @@ def test_a_restarted_session_reads_nothing_again(tmp_path: Path) -> None:
         assert check(restarted, SYSTEM, "b")[1] == 0
 
 
-@pytest.mark.parametrize("architecture", ["gemma3_mixed", "gpt2"])
+@pytest.mark.parametrize("architecture", ["gemma3_mixed", "gpt2", *STATIC])
 def test_every_kind_of_layer_is_restored(architecture: str, tmp_path: Path) -> None:
     with make(architecture) as ouroboros:
         check(ouroboros, SYSTEM)

@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_model
+from conftest import ARCHITECTURES, MORE_ARCHITECTURES, STATIC, tiny_model
 
 from ouroboros_llm import ModelError
 from ouroboros_llm.draft_tree import DraftTree
 from ouroboros_llm.target.base import TargetModel
 from ouroboros_llm.target.eager import EagerTarget
 from ouroboros_llm.target.pass_times import WIDTHS, PassTimes
-from ouroboros_llm.target.prepared import PreparedModel, locked, prepare
+from ouroboros_llm.target.prepared import Kind, PreparedModel, locked, prepare
 from ouroboros_llm.target.scripted import ScriptedTarget
 
 TEXT = [5, 9, 12, 7, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51]
@@ -30,19 +30,31 @@ def scripted() -> tuple[TargetModel, Oracle]:
     return ScriptedTarget(logits_after), lambda text: logits_after(tuple(text))
 
 
-def of(architecture: str) -> tuple[TargetModel, Oracle]:
+def of(architecture: str, kind: Kind = "eager") -> tuple[TargetModel, Oracle]:
     model = tiny_model(architecture)
 
     def oracle(text: list[int]) -> torch.Tensor:
         with torch.no_grad():
             return model(torch.tensor([text]), use_cache=False).logits[0, -1]
 
-    return prepare(model).start(), oracle
+    prepared = prepare(model, kind)
+    assert prepared.way.missed is None
+    return prepared.start(), oracle
 
 
-@pytest.fixture(params=["scripted", *ARCHITECTURES])
+@pytest.fixture(
+    params=[
+        "scripted",
+        *ARCHITECTURES,
+        *MORE_ARCHITECTURES,
+        *(pytest.param((name, "static"), id=f"{name}-static") for name in STATIC),
+    ]
+)
 def target_and_oracle(request: pytest.FixtureRequest) -> tuple[TargetModel, Oracle]:
-    return scripted() if request.param == "scripted" else of(request.param)
+    """Every target: one that is computed, and every model in every way that its passes can be made."""
+    if request.param == "scripted":
+        return scripted()
+    return of(request.param) if isinstance(request.param, str) else of(*request.param)
 
 
 def close(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -107,8 +119,9 @@ def test_a_second_prefill_is_as_good_as_a_first(target_and_oracle: tuple[TargetM
         assert list(target.token_ids) == text
 
 
-def test_rewinding_forgets() -> None:
-    target, oracle = of("gemma3_mixed")
+@pytest.mark.parametrize("kind", ["eager", "static"])
+def test_rewinding_forgets(kind: Kind) -> None:
+    target, oracle = of("gemma3_mixed", kind)
     target.prefill(TEXT)
     target.keep((0,))
     target.rewind(5)
@@ -126,8 +139,9 @@ def test_a_shared_prefix_is_not_read_twice() -> None:
     assert target.common_prefix([*TEXT[:4], 1, 2]) == 4
 
 
-def test_ids_outside_the_vocabulary_are_verified_as_wrong_guesses() -> None:
-    target, oracle = of("llama")
+@pytest.mark.parametrize("kind", ["eager", "static"])
+def test_ids_outside_the_vocabulary_are_verified_as_wrong_guesses(kind: Kind) -> None:
+    target, oracle = of("llama", kind)
     target.prefill(TEXT)
     target.keep((0,))
     logits = target.verify(DraftTree.chain([60, 10**9, 61]))

@@ -41,7 +41,8 @@ class Nodes:
         rows = self._staged.numpy()[:-1].reshape(4, self.width)
         # An id outside the vocabulary cannot be looked up. The target never chooses one, so any stand-in is right.
         known = [token_id if token_id < vocabulary else 0 for token_id in draft.token_ids]
-        rows[0, : draft.width], rows[0, draft.width :] = known, 0
+        # Filled up with the root: a padding token among the ids would be warned of.
+        rows[0, : draft.width], rows[0, draft.width :] = known, known[0]
         rows[1, : draft.width], rows[1, draft.width :] = draft.depths, 0
         rows[1] += length
         rows[2] = np.arange(length, length + self.width)

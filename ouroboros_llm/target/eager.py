@@ -197,7 +197,7 @@ class EagerTarget:
         if isinstance(wanted, torch.Tensor):
             wanted = wanted.to(device)
         kept = {"logits_to_keep": wanted} if self._keeps_logits and wanted is not None else {}
-        model = self.model if self.static is None else self.static.reader
+        model = (self.static and self.static.reader) or self.model
         output = model(
             input_ids=ids,
             position_ids=torch.tensor([positions], device=device),

@@ -78,7 +78,8 @@ class StaticForward:
 
     Attributes:
         model: the twin that makes these passes.
-        reader: what reads prompts, with the library's own attention and the same output head.
+        reader: what reads prompts, with the library's own attention and the same output head; None: the model itself,
+            which is not held here, so that it can be freed.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -146,9 +147,9 @@ class StaticForward:
         return self._nodes[width]
 
 
-def _reader(model: PreTrainedModel) -> PreTrainedModel:
+def _reader(model: PreTrainedModel) -> PreTrainedModel | None:
     twin = twin_of(model)
-    return twin if put_float32_head(twin) else model
+    return twin if put_float32_head(twin) else None
 
 
 class StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the library's hook is not typed
