@@ -74,6 +74,15 @@ def test_twenty_prompts_cold_and_warm(ouroboros: Ouroboros) -> None:
     assert forwards["repeated"] < forwards["cold"] / 2
 
 
+def test_passes_of_fixed_shape_say_the_same(ouroboros: Ouroboros) -> None:
+    with Ouroboros(ouroboros.model, ouroboros.tokenizer, target="static") as static:
+        assert static._prepared.way.static is not None
+        for prompt in PROMPTS[1::5]:
+            for _ in range(2):
+                result = static.generate(prompt, options=DecodingOptions(max_new_tokens=TOKENS))
+                assert list(result.token_ids) == plain(ouroboros.model, ouroboros.encode(prompt), TOKENS), prompt
+
+
 def test_messages_get_the_template_and_end_at_its_token(ouroboros: Ouroboros) -> None:
     messages = [{"role": "user", "content": "Say hi."}]
     prompt_ids = ouroboros.encode(messages)
