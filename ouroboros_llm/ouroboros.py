@@ -8,38 +8,48 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequenc
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import snapshot
 from .context_window import Fitted, fit
 from .corpus import Corpora, Indexed, Texts, is_corpus
-from .device_memory import check_room, let_go
 from .draft_pair import load_draft
-from .drafting.memory import Memory
 from .errors import OptionError, PromptError
 from .matching.constraint import Constraint, constraint_for
 from .memory_pool import MemorySource
+from .model_sessions import ModelSessions
 from .options import DecodingOptions, check_whole, spread
 from .phrases import PhrasePool, PoolSource, check_scope, check_scopes
 from .request import Request, Steps
 from .scopes import current_scope
-from .session import Session, Sessions
+from .session import Session
 from .sources import flush, open_pool, open_source
 from .statistics import GenerationResult, Piece
 from .stream import Stream, off_the_loop, results
 from .target.eager import vocabulary_size
-from .target.prepared import KINDS, Kind, locked, prepare
+from .target.prepared import KINDS, Kind, prepare
 from .text import Prompt, encode, vocabulary_hash
 from .turn import Turn
 from .worker import worker_of
-from .workspaces import KVUsage, Workspace
+from .workspaces import KVUsage
 
 DEFAULT_SCOPE = "conversation:default"
 """Where phrases go when no scope is named: one user's own. Never read once a scope is named."""
 
 DEFAULT_MAX_NEW_TOKENS = 512
+
+
+class Asked(TypedDict, total=False):
+    """What may be said of a call beside its prompt; `Ouroboros.stream` says what each is."""
+
+    scope: str | None
+    read_scopes: Sequence[str]
+    corpus_scopes: Sequence[str]
+    options: DecodingOptions | None
+    tools: Sequence[Mapping[str, Any]] | None
+    write_scopes: Sequence[str]
+    kept_tokens: Mapping[int, str] | None
 
 
 class Ouroboros:
@@ -104,7 +114,7 @@ class Ouroboros:
             raise OptionError(f"documents must be a pool, as documents_pool makes them, but got {documents!r:.80}")
         self.documents = documents
         self._corpora = Corpora(self.store, tokenizer, self.fingerprint)
-        self._sessions = Sessions()
+        self._sessions = ModelSessions(self._prepared, self._draft, self.store, self.fingerprint)
         self._worker = worker_of(model)
         for limit, value in (("max_active", max_active), ("max_waiting", max_waiting)):
             if value is not None:
@@ -155,30 +165,9 @@ class Ouroboros:
         """Token ids of a prompt: text as it is, messages through the chat template. Raises PromptError."""
         return encode(self.tokenizer, prompt, tools)
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        scope: str | None = None,
-        read_scopes: Sequence[str] = (),
-        corpus_scopes: Sequence[str] = (),
-        options: DecodingOptions | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        write_scopes: Sequence[str] = (),
-        kept_tokens: Mapping[int, str] | None = None,
-    ) -> GenerationResult:
+    def generate(self, prompt: Prompt, **asked: Unpack[Asked]) -> GenerationResult:
         """Answer a prompt. See `stream` for the arguments and errors."""
-        stream = self.stream(
-            prompt,
-            scope=scope,
-            read_scopes=read_scopes,
-            corpus_scopes=corpus_scopes,
-            options=options,
-            tools=tools,
-            write_scopes=write_scopes,
-            kept_tokens=kept_tokens,
-        )
-        with stream.whole() as pieces:
+        with self.stream(prompt, **asked).whole() as pieces:
             (last,) = pieces
         assert last.result is not None  # the last piece always carries it
         return last.result
@@ -224,33 +213,10 @@ class Ouroboros:
         places = self._worker.max_active
         return results(streams, ahead=places + min(places, self._worker.max_waiting))
 
-    async def agenerate(
-        self,
-        prompt: Prompt,
-        *,
-        scope: str | None = None,
-        read_scopes: Sequence[str] = (),
-        corpus_scopes: Sequence[str] = (),
-        options: DecodingOptions | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        write_scopes: Sequence[str] = (),
-        kept_tokens: Mapping[int, str] | None = None,
-    ) -> GenerationResult:
+    async def agenerate(self, prompt: Prompt, **asked: Unpack[Asked]) -> GenerationResult:
         """As `generate`, for an event loop. Cancelling the task ends the decoding within one round."""
 
-        def start() -> Stream:
-            return self.stream(
-                prompt,
-                scope=scope,
-                read_scopes=read_scopes,
-                corpus_scopes=corpus_scopes,
-                options=options,
-                tools=tools,
-                write_scopes=write_scopes,
-                kept_tokens=kept_tokens,
-            ).whole()
-
-        async with aclosing(off_the_loop(start)) as pieces:
+        async with aclosing(off_the_loop(lambda: self.stream(prompt, **asked).whole())) as pieces:
             last = await anext(pieces)
         assert last.result is not None
         return last.result
@@ -288,7 +254,7 @@ class Ouroboros:
             raise OptionError(f"options must be DecodingOptions or None, but got {type(options).__name__}")
         fitted = self._fit(prompt, tools, options)
         constraint = constraint_for(options.grammar, self.model, self.tokenizer, len(fitted.token_ids), fitted.limit)
-        session = self._sessions.open(_settled(scope))
+        session = self._sessions.sessions.open(_settled(scope))
         # Here and not in a step, which others wait for: a database may take its time.
         write, *read = [
             open_pool(self.store, name, self.fingerprint) for name in (session.scope, *check_scopes(read_scopes))
@@ -304,33 +270,10 @@ class Ouroboros:
         request = Request(steps, timeout=options.timeout, after=after)
         return Stream(self._worker, request, cancelled)
 
-    def astream(
-        self,
-        prompt: Prompt,
-        *,
-        scope: str | None = None,
-        read_scopes: Sequence[str] = (),
-        corpus_scopes: Sequence[str] = (),
-        options: DecodingOptions | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        write_scopes: Sequence[str] = (),
-        kept_tokens: Mapping[int, str] | None = None,
-    ) -> AsyncGenerator[Piece]:
+    def astream(self, prompt: Prompt, **asked: Unpack[Asked]) -> AsyncGenerator[Piece]:
         """As `stream`, for an event loop, which is not blocked by prompt, store or model; errors come with the first
         piece. Cancelling the task, or closing the generator, ends the decoding within one round."""
-        return off_the_loop(
-            partial(
-                self.stream,
-                prompt,
-                scope=scope,
-                read_scopes=read_scopes,
-                corpus_scopes=corpus_scopes,
-                options=options,
-                tools=tools,
-                write_scopes=write_scopes,
-                kept_tokens=kept_tokens,
-            )
-        )
+        return off_the_loop(partial(self.stream, prompt, **asked))
 
     def index_documents(
         self, documents: Texts, *, scope: str, advance: Callable[[int], object] | None = None
@@ -355,7 +298,7 @@ class Ouroboros:
             ouro.generate("How do I ...?", scope="conversation:42", corpus_scopes=["corpus:manuals"])
             ```
         """
-        if self._sessions.has_answers(check_scope(scope)):
+        if self._sessions.sessions.has_answers(check_scope(scope)):
             raise OptionError(f"scope {scope!r} holds answers; documents need one of their own, as in 'corpus:manuals'")
         return self._corpora.index(scope, documents, advance)
 
@@ -396,11 +339,12 @@ class Ouroboros:
         """
         prompt_ids = self._checked(encode(self.tokenizer, prompt, tools, answering=False))
         fit(prompt_ids, lambda _: prompt_ids, context_length=self.context_length, wanted=1, name=self.name)
-        return self._worker.run(self._keeping(self._session(scope), prompt_ids, name))
+        session = self._sessions.open(_settled(scope))
+        return self._worker.run(self._sessions.keeping(session, prompt_ids, name))
 
     def drop_prefix(self, *, scope: str | None = None, name: str = "default") -> None:
         """Free what `keep_prefix` kept under this name, if anything."""
-        self._sessions.drop(self._session(scope), name)
+        self._sessions.sessions.drop(self._sessions.open(_settled(scope)), name)
 
     def save_session(self, scope: str | None, path: str | Path) -> int:
         """Write the keys and values of a scope to a file, so that another process need not read its prompts again.
@@ -413,9 +357,7 @@ class Ouroboros:
         Raises:
             SnapshotError: there is nothing to save, or the model's states are not of a kind that can be.
         """
-        session = self._session(scope)
-        with self._sessions.idle(session) as workspaces:
-            return snapshot.save(path, workspaces, snapshot.identity(self._prepared, self.fingerprint, session.scope))
+        return self._sessions.save(self._sessions.open(_settled(scope)), path)
 
     def load_session(self, scope: str | None, path: str | Path) -> int:
         """Go on from what `save_session` wrote, for the same scope, model and tokenizer.
@@ -426,17 +368,12 @@ class Ouroboros:
         Raises:
             SnapshotError: it was written for another scope, model or tokenizer, or is damaged; nothing was loaded.
         """
-        session = self._session(scope)
-        identity = snapshot.identity(self._prepared, self.fingerprint, session.scope)
-        workspaces = snapshot.load(path, self._start, identity)
-        for workspace in workspaces:
-            self._sessions.give_back(session, workspace)
-        return sum(workspace.length for workspace in workspaces)
+        return self._sessions.load(self._sessions.open(_settled(scope)), path)
 
     @property
     def kv_usage(self) -> KVUsage:
         """Bytes of the keys and values that this object's turns use and left, and the limit for the whole process."""
-        return self._sessions.usage
+        return self._sessions.sessions.usage
 
     def flush(self) -> None:
         """Make all phrases durable, those of answers that were just given up included."""
@@ -449,7 +386,7 @@ class Ouroboros:
         if self._owns_store:
             self.store.close()
         self._corpora.clear()
-        self._sessions.clear()
+        self._sessions.sessions.clear()
 
     def __enter__(self) -> Ouroboros:
         return self
@@ -471,11 +408,9 @@ class Ouroboros:
         kept_tokens: Mapping[int, str] | None,
     ) -> Steps[Piece]:
         """One answer, a step at a time, in the worker's thread."""
-        session = self._current(session, write)
-        self._recall(session, write, read)
-        workspace = self._sessions.take(session, fitted.token_ids, self._start)
-        try:
-            check_room(self._prepared, len(fitted.token_ids) + fitted.limit, workspace.nbytes, self._spare, self._draft)
+        session = self._sessions.recalled(session, write, read)
+        room = len(fitted.token_ids) + fitted.limit
+        with self._sessions.workspace(session, fitted.token_ids, room=room) as workspace:
             turn = Turn(
                 self._prepared,
                 self._draft,
@@ -492,39 +427,15 @@ class Ouroboros:
                 options=options,
                 dropped=fitted.dropped,
                 cancelled=cancelled.is_set,
-                spare=self._spare,
+                spare=self._sessions.spare,
                 constraint=constraint,
                 kept_tokens=kept_tokens,
             )
             return (yield from turn.steps())
-        finally:
-            self._sessions.give_back(session, workspace)
-
-    def _keeping(self, session: Session, prompt_ids: list[int], name: str) -> Steps[int]:
-        """Read a prefix a chunk at a time, in the worker's thread, and keep it; returns its tokens."""
-        workspace = self._sessions.take(session, prompt_ids, self._start, copies=True)
-        try:
-            check_room(self._prepared, len(prompt_ids), workspace.nbytes, self._spare, self._draft)
-            reading = workspace.reading(prompt_ids, self._draft.context_length if self._draft else None)
-            over = False
-            while not over:
-                with locked(self._prepared, self._draft):
-                    over = next(reading, True)
-                yield None
-        except BaseException:
-            self._sessions.give_back(session, workspace)
-            raise
-        self._sessions.keep(session, name, workspace)
-        return len(prompt_ids)
 
     def _check_writable(self, pools: Mapping[str, PhrasePool]) -> None:
         if documents := next((name for name, pool in pools.items() if is_corpus(pool)), None):
             raise OptionError(f"scope {documents!r} holds documents, which are only read; name it in corpus_scopes")
-
-    def _spare(self) -> None:
-        """Let go of keys and values that only a later turn would have used."""
-        self._sessions.drop_idle()
-        let_go(self.model.device)
 
     def _checked(self, prompt_ids: list[int]) -> list[int]:
         """The ids of a prompt, all of them such as the model can look up."""
@@ -534,32 +445,6 @@ class Ouroboros:
                 f"{vocabulary_size(self.model)}; use the tokenizer that belongs to the model"
             )
         return prompt_ids
-
-    def _session(self, scope: str | None) -> Session:
-        """The session of a scope as it is now."""
-        session = self._sessions.open(_settled(scope))
-        return self._current(session, open_pool(self.store, session.scope, self.fingerprint))
-
-    def _current(self, session: Session, pool: PhrasePool) -> Session:
-        """The session, or a new one if its scope was deleted since."""
-        generation = getattr(pool, "generation", None)
-        if session.generation is not None and session.generation != generation:
-            self._sessions.forget(session)
-            session = self._sessions.open(session.scope)
-        session.follow(pool)
-        return session
-
-    def _start(self) -> Workspace:
-        """A workspace for a turn that finds nothing to go on from."""
-        return Workspace(self._prepared.start(marks=True), self._draft.start() if self._draft else None)
-
-    def _recall(self, session: Session, pool: PhrasePool, others: Sequence[PhrasePool]) -> None:
-        """Go on from what was learned in the scope before this process, or else in `others` that it reads."""
-        if not session.recalled:
-            session.recalled = True
-            session.memory = Memory.recall(pool, self._prepared.fingerprint, others)
-            if self._draft is not None:
-                session.draft_memory = Memory.recall(pool, self._draft.fingerprint, others)
 
     def _fit(self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None, options: DecodingOptions) -> Fitted:
         """The prompt's tokens, and how many may follow: what was asked for, as far as the context reaches."""

@@ -127,7 +127,7 @@ def test_a_conversation_reuses_its_prefix(tiny_ouroboros: Ouroboros) -> None:
 def test_kept_keys_and_values_are_bounded() -> None:
     sessions = Sessions(capacity=3, memory=WorkspaceMemory(limit=1))
     with Ouroboros(tiny_model(), byte_tokenizer()) as ouroboros:
-        ouroboros._sessions = sessions
+        ouroboros._sessions.sessions = sessions
         for number in range(5):
             ouroboros.generate(PROMPT, scope=f"c{number}", options=OPTIONS)
         assert ouroboros.generate(PROMPT, scope="c4", options=OPTIONS).usage.cached_tokens == 0
@@ -311,7 +311,7 @@ def test_what_was_learned_is_there_for_the_next_process(tmp_path: Path) -> None:
     for number in range(2):
         with Ouroboros(tiny_model(), byte_tokenizer(), store=url) as ouroboros:
             ouroboros.generate(PROMPT, scope="c", options=OPTIONS)
-            session = ouroboros._sessions.open("c")
+            session = ouroboros._sessions.sessions.open("c")
             if number:
                 assert session.memory.calibration.to_bytes() != before  # it went on from there
             before = session.memory.calibration.to_bytes()
@@ -319,7 +319,7 @@ def test_what_was_learned_is_there_for_the_next_process(tmp_path: Path) -> None:
             assert learned[f"{ouroboros._prepared.fingerprint}/calibration"] == before
             # Another scope knows nothing of it.
             ouroboros.generate(PROMPT, scope="d", options=DecodingOptions(max_new_tokens=1))
-            assert len(ouroboros._sessions.open("d").memory.successors) < len(session.memory.successors)
+            assert len(ouroboros._sessions.sessions.open("d").memory.successors) < len(session.memory.successors)
 
 
 def test_collecting_an_abandoned_stream_inside_a_lock_does_not_deadlock(tiny_ouroboros: Ouroboros) -> None:
@@ -328,7 +328,7 @@ def test_collecting_an_abandoned_stream_inside_a_lock_does_not_deadlock(tiny_our
     done = threading.Event()
 
     def collect() -> None:
-        with tiny_ouroboros._sessions._lock:
+        with tiny_ouroboros._sessions.sessions._lock:
             streams.clear()  # what the garbage collector does, in whichever thread allocates
         done.set()
 

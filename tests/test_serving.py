@@ -448,7 +448,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read(
     monkeypatch.setattr(ouroboros_llm.device_memory, "free_bytes", lambda device: 1000)
     with pytest.raises(MemoryLimitError, match=r"43 tokens .* need .* \(\d+ bytes\).* \(1000 bytes\) free; shorten"):
         tiny_ouroboros.generate("abc", scope="b", options=options)
-    assert tiny_ouroboros._sessions.open("a").shelf.idle == [], "idle caches go first"
+    assert tiny_ouroboros._sessions.sessions.open("a").shelf.idle == [], "idle caches go first"
     monkeypatch.undo()
     assert len(tiny_ouroboros.generate("abc", scope="b", options=options).token_ids) == 40
 
@@ -458,8 +458,8 @@ def test_idle_caches_make_room(tiny_ouroboros: Ouroboros, monkeypatch: pytest.Mo
     free = iter([1000, 1 << 30])
     monkeypatch.setattr(ouroboros_llm.device_memory, "free_bytes", lambda device: next(free))
     tiny_ouroboros.generate("abc", scope="b", options=DecodingOptions(max_new_tokens=5))
-    assert tiny_ouroboros._sessions.open("a").shelf.idle == []
-    assert tiny_ouroboros._sessions.open("a").memory.successors, "what was learned stays"
+    assert tiny_ouroboros._sessions.sessions.open("a").shelf.idle == []
+    assert tiny_ouroboros._sessions.sessions.open("a").memory.successors, "what was learned stays"
 
 
 class Starved:
@@ -508,11 +508,11 @@ def test_out_of_memory_drops_caches_next(
     tiny_ouroboros: Ouroboros, monkeypatch: pytest.MonkeyPatch, options: DecodingOptions
 ) -> None:
     wanted = tiny_ouroboros.generate("abcabc", scope="a", options=options).token_ids
-    assert tiny_ouroboros._sessions.open("a").shelf.idle != []
+    assert tiny_ouroboros._sessions.sessions.open("a").shelf.idle != []
     starved = Starved(monkeypatch, lambda number, width: number in (5, 6))
     result = tiny_ouroboros.generate("abcabc", scope="b", options=replace(options, max_draft_tokens=0))
     assert result.token_ids == wanted
-    assert tiny_ouroboros._sessions.open("a").shelf.idle == []
+    assert tiny_ouroboros._sessions.sessions.open("a").shelf.idle == []
     first, last = starved.targets[0], starved.targets[-1]
     assert first is not last and starved.targets[6] is last
     assert starved.widths[6] == 6 + 4, "prompt and output are read anew"

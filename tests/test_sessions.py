@@ -60,7 +60,7 @@ def make(architecture: str = "llama", **arguments: Any) -> Ouroboros:
 
 def bounded(limit: int, **arguments: Any) -> tuple[Ouroboros, WorkspaceMemory]:
     ouroboros, memory = make(**arguments), WorkspaceMemory(limit)
-    ouroboros._sessions = Sessions(memory=memory)
+    ouroboros._sessions.sessions = Sessions(memory=memory)
     return ouroboros, memory
 
 
@@ -204,13 +204,13 @@ def test_a_short_common_prefix_does_not_destroy_a_long_text() -> None:
 def test_what_another_holds_as_well_is_not_kept_twice(tiny_ouroboros: Ouroboros) -> None:
     for _ in range(4):
         tiny_ouroboros.generate(SYSTEM, scope="c", options=DecodingOptions(max_new_tokens=200))
-    assert len(tiny_ouroboros._sessions.open("c").shelf.idle) == 1
+    assert len(tiny_ouroboros._sessions.sessions.open("c").shelf.idle) == 1
 
 
 def test_a_scope_keeps_no_more_than_a_few(tiny_ouroboros: Ouroboros) -> None:
     for number in range(12):
         tiny_ouroboros.generate([number + 7] * 20, scope="c", options=OPTIONS)
-    assert len(tiny_ouroboros._sessions.open("c").shelf.idle) == 8
+    assert len(tiny_ouroboros._sessions.sessions.open("c").shelf.idle) == 8
     assert check(tiny_ouroboros, [7] * 20)[1] == 0
     assert check(tiny_ouroboros, [18] * 20)[1] == 19
 
@@ -229,7 +229,8 @@ def test_two_turns_at_once_share_nothing() -> None:
                     streams[number] = None
         assert tokens == [plain(ouroboros.model, prompt, 12) for prompt in prompts]
         pointers = [
-            workspace.target.cache._layers[0].keys.data_ptr() for workspace in ouroboros._sessions.open("c").shelf.idle
+            workspace.target.cache._layers[0].keys.data_ptr()
+            for workspace in ouroboros._sessions.sessions.open("c").shelf.idle
         ]
         assert len(set(pointers)) == len(pointers) == 3
         assert ouroboros.kv_usage.in_use == 0
@@ -282,7 +283,7 @@ def test_deleting_a_scope_frees_its_workspaces() -> None:
         ouroboros.keep_prefix(SYSTEM[:40], scope="a", name="system")
         check(ouroboros, SYSTEM, "a")
         check(ouroboros, SYSTEM, "b")
-        shelf = ouroboros._sessions.open("a").shelf
+        shelf = ouroboros._sessions.sessions.open("a").shelf
         store.delete("a")
         check(ouroboros, SYSTEM[:30], "b")
         assert not shelf.idle and not shelf.prefixes, "freed with the next turn of anybody"
@@ -337,7 +338,7 @@ def test_what_is_dropped_is_freed_at_once(draft_model: str | None, abandoned: bo
                 list(stream)
             del stream
             ouroboros.flush()  # what was abandoned is put away
-            (idle,) = ouroboros._sessions.open("c").shelf.idle
+            (idle,) = ouroboros._sessions.sessions.open("c").shelf.idle
             targets = [weakref.ref(target) for target in idle.targets]
             del idle
             MEMORY.make_room(MEMORY.limit)
@@ -376,7 +377,7 @@ def test_the_bound_holds_after_every_turn(limit: int, turns: list[tuple[str, int
             assert usage.in_use == 0 and usage.total <= limit
             assert usage.total == sum(
                 workspace.nbytes
-                for session in ouroboros._sessions._sessions.values()
+                for session in ouroboros._sessions.sessions._sessions.values()
                 for workspace in session.shelf.idle
             )
 
@@ -389,13 +390,13 @@ def test_least_recently_used_goes_first_and_is_cut_before_it_is_dropped() -> Non
         for scope in "abc":
             check(ouroboros, text, scope)
         # 3 * 252 tokens in 700: the first was cut to half, not dropped.
-        assert ouroboros._sessions.open("a").shelf.idle[0].length == (len(text) + 11) // 2
+        assert ouroboros._sessions.sessions.open("a").shelf.idle[0].length == (len(text) + 11) // 2
         assert check(ouroboros, text, "c")[1] == len(text) - 1
         assert check(ouroboros, text, "b")[1] == len(text) - 1
         assert 0 < check(ouroboros, text, "a")[1] < len(text) - 1
         memory.limit = per_token * 300
-        assert ouroboros._sessions.open("a").shelf.idle, "used last"
-        assert not ouroboros._sessions.open("c").shelf.idle
+        assert ouroboros._sessions.sessions.open("a").shelf.idle, "used last"
+        assert not ouroboros._sessions.sessions.open("c").shelf.idle
 
 
 def test_the_bound_is_the_process_s() -> None:
@@ -497,7 +498,7 @@ def test_a_kept_prefix_stays_whatever_the_others_need() -> None:
 
 def test_scopes_that_keep_a_prefix_are_not_forgotten_for_others() -> None:
     with make() as ouroboros:
-        ouroboros._sessions = Sessions(capacity=2)
+        ouroboros._sessions.sessions = Sessions(capacity=2)
         ouroboros.keep_prefix(SYSTEM, scope="a")
         ouroboros.keep_prefix(SYSTEM, scope="b")
         for scope in "cde":
@@ -553,7 +554,7 @@ def test_a_kept_prefix_helps_the_draft_model_too(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("ouroboros_llm.drafting.draft_model.Worth.pays", lambda *_: True)
     with make(draft_model=tiny_model("qwen3")) as ouroboros:
         ouroboros.keep_prefix(SYSTEM, scope="c")
-        read = len(ouroboros._sessions.open("c").shelf.prefixes["default"].draft_target.token_ids)
+        read = len(ouroboros._sessions.sessions.open("c").shelf.prefixes["default"].draft_target.token_ids)
         assert read == len(SYSTEM)
         for _ in range(2):
             assert check(ouroboros, [*SYSTEM, 9])[1] >= len(SYSTEM)
@@ -567,7 +568,7 @@ def test_a_pass_that_fails_leaves_no_wrong_states(architecture: str, monkeypatch
     with make(architecture) as ouroboros:
         answer, _ = check(ouroboros, SYSTEM)
         longer = [*SYSTEM, *answer, 9]
-        target = type(ouroboros._start().target)
+        target = type(ouroboros._sessions.start().target)
         run = target._forward
 
         def fails(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -636,10 +637,10 @@ def test_half_precision_is_restored_bit_by_bit(tmp_path: Path) -> None:
     with Ouroboros(model, byte_tokenizer()) as ouroboros:
         ouroboros.generate(SYSTEM, scope="c", options=OPTIONS)
         ouroboros.save_session("c", tmp_path / "file")
-        (saved,) = ouroboros._sessions.open("c").shelf.idle
+        (saved,) = ouroboros._sessions.sessions.open("c").shelf.idle
         with Ouroboros(model, byte_tokenizer()) as restarted:
             restarted.load_session("c", tmp_path / "file")
-            (loaded,) = restarted._sessions.open("c").shelf.idle
+            (loaded,) = restarted._sessions.sessions.open("c").shelf.idle
         assert loaded_equal(saved, loaded)
     with pytest.raises(SnapshotError, match="its (model|dtype) must be"):
         make().load_session("c", tmp_path / "file")

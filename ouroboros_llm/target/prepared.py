@@ -67,14 +67,18 @@ class PreparedModel:
     @property
     def context_length(self) -> int | None:
         """Tokens of prompt and output together at most; None where the model names no limit."""
-        length = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        return int(length) if length else None
+        return _context_length(self.model)
 
     def start(self, *, marks: bool = False) -> KeptTarget:
         """A target that has read nothing yet; `marks`: it will be asked to come back to the end of a prompt."""
         if self.probe.branching == "none":
             return StepwiseTarget(self.model, self.probe.continues, marks=marks)
         return _target(self.model, self.way, marks=marks)
+
+
+def _context_length(model: PreTrainedModel) -> int | None:
+    length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(length) if length else None
 
 
 @dataclass(eq=False)
@@ -103,6 +107,9 @@ _LONG = 0.1
 
 _RACES = 5
 """Races in a row that passes of fixed shape must win on a CPU."""
+
+_RACED = (1, 8)
+"""Widths of the passes in a race."""
 
 
 def prepare(model: PreTrainedModel, kind: Kind = "auto") -> PreparedModel:
@@ -168,8 +175,9 @@ def _faster(model: PreTrainedModel, known: _Known) -> Way:
 
 def _wins(one: EagerTarget, other: EagerTarget) -> bool:
     """Whether passes of `one` are faster than those of `other` every time that they run one after the other."""
+    context = (_context_length(one.model) or 256) - max(_RACED)
     for target in (one, other):
-        target.prefill((1,) * 128)
+        target.prefill((1,) * max(1, min(128, context)))
         target.keep((0,))
     return all(_seconds(one) < 0.95 * _seconds(other) for _ in range(_RACES))
 
@@ -177,7 +185,7 @@ def _wins(one: EagerTarget, other: EagerTarget) -> bool:
 def _seconds(target: EagerTarget) -> float:
     """Of passes over one token and over a few, which are forgotten."""
     length, began = len(target.token_ids), perf_counter()
-    for width in (1, 8):
+    for width in _RACED:
         target.verify(DraftTree.chain((1,) * width))
         target.rewind(length)
     return perf_counter() - began
