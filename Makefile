@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-postgres test-faults lint check format bench clean
+.PHONY: setup demo test test-postgres test-faults test-model lint check format bench clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,10 @@ test-postgres: setup
 
 test-faults: setup
 	scripts/with_postgres $(BIN)/python -m pytest tests/test_faults.py
+
+# LangChain's integration suite over a real model: make test-model MODEL=qwen2.5-coder-1.5b-instruct
+test-model: setup
+	OUROBOROS_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -s tests/test_langchain_real.py
 
 lint: setup
 	$(BIN)/ruff format --check .

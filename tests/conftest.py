@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,27 @@ from transformers import (
 from ouroboros_llm import Ouroboros, PhrasePool
 from ouroboros_llm.drafting.blend import Blend
 from ouroboros_llm.drafting.memory import Memory, sources
+from ouroboros_llm.drafting.worth import Worth
+from ouroboros_llm.target import prepared
+from ouroboros_llm.target.eager import EagerTarget
 from ouroboros_storage import database, sqlite_file
+
+# Ctrl-C is ignored, here and in what tests start, where a shell has put the tests into the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tiny matrices: a second thread costs more than it brings.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How wide drafts are, whether they pay and which way of running is faster depends on measured times, which may say
+    anything on a busy machine: here they are given, but for tests with the mark `clock`."""
+    if request.node.get_closest_marker("clock") is None:
+        monkeypatch.setattr(EagerTarget, "cost", lambda _, width: 1 + 0.02 * (width - 1))
+        monkeypatch.setattr(Worth, "pays", lambda *_: True)
+        monkeypatch.setattr(prepared, "_wins", lambda *_: False)
+
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"

@@ -19,6 +19,8 @@ from ouroboros_llm.drafting.phrases import rejected_but_right
 from ouroboros_llm.drafting.recycling import Recycling, SuccessorTable, decode, encode
 from ouroboros_llm.drafting.worth import PayingDrafter, Worth
 
+pytestmark = pytest.mark.clock
+
 WIDE = Budget(width=64, depth=100)
 
 

@@ -350,6 +350,27 @@ def test_other_grammars_match_whatever_the_budget(grammar: Grammar, pattern: str
             assert re.fullmatch(pattern, result.text), result.text
 
 
+@pytest.mark.parametrize(
+    "inner",
+    [
+        {"type": "string", "format": "email"},
+        {"anyOf": [{"type": "string", "format": "email"}, {"type": "string", "pattern": "^[A-Z]{3}-[0-9]{4}$"}]},
+        {"type": "string", "format": "ipv6"},
+        {"type": "string", "format": "uri"},
+        {"type": "string", "format": "date-time"},
+    ],
+    ids=lambda inner: inner.get("format", "several"),
+)
+def test_texts_with_one_way_on_among_many_are_brought_to_their_end(inner: dict[str, Any]) -> None:
+    names = ["a", "b", "c"]
+    schema = {"type": "object", "properties": dict.fromkeys(names, inner), "required": names}
+    for seed in (None, 1, 2):
+        sampling: dict[str, Any] = {} if seed is None else dict(temperature=1.5, seed=seed)
+        result = generate(Grammar.json_schema(schema), 400, **sampling)
+        assert result.finish_reason == "stop"
+        jsonschema.Draft202012Validator(schema).validate(json.loads(result.text))
+
+
 def test_json_is_compact_and_objects_have_no_other_properties() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}}, "required": ["a"]}
     for seed in range(8):

@@ -198,7 +198,6 @@ def test_an_error_in_a_round_leaves_the_object_usable(
 
 def test_a_draft_model_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     # As large as its target it never pays; here it is asked all the same.
-    monkeypatch.setattr("ouroboros_llm.drafting.draft_model.Worth.pays", lambda *_: True)
     tokenizer = byte_tokenizer()
     with Ouroboros(tiny_model("qwen3"), tokenizer, draft_model=(tiny_model("qwen3"), tokenizer)) as ouroboros:
         for _ in range(2):

@@ -28,6 +28,8 @@ from ouroboros_llm.target.prepared import prepare
 from ouroboros_llm.target.probe import probe
 from ouroboros_llm.worker import Worker
 
+pytestmark = pytest.mark.clock
+
 PATIENCE = 120
 TREES = ("llama", "qwen3", "gpt_neox", "gpt2", "mistral_sliding", "gemma3_mixed")
 TREE = DraftTree((60, 61, 62, 63, 64, 65), (-1, 0, 0, 1, 2, 4), (1.0,) * 6, ("",) * 6, (None,) * 6)
@@ -223,7 +225,6 @@ def test_batches_are_answered_as_each_alone(architecture: str, sampled: bool, pa
 
 
 def test_a_draft_model_beside(packs: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ouroboros_llm.drafting.draft_model.Worth.pays", lambda *_: True)
     model, tokenizer = tiny_model("qwen3"), byte_tokenizer()
     with Ouroboros(model, tokenizer, draft_model=(tiny_model(), tokenizer)) as ouroboros:
         results = ouroboros.batch(PROMPTS, options=DecodingOptions(max_new_tokens=TOKENS))

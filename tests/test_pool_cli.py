@@ -786,7 +786,6 @@ class Terminal:
         self.process, self.screen = pty.fork()
         if not self.process:
             os.environ |= {"TERM": "xterm", "COLUMNS": "80"}
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the tests may run in the background, where it is ignored
             code = (
                 "from importlib.metadata import EntryPoint\nfrom ouroboros_llm.cli import commands, main\n"
                 "commands.entry_points = lambda group: [EntryPoint('pool', 'ouroboros_storage.cli:pool', group)]\n"

@@ -571,7 +571,6 @@ def test_states_that_cannot_be_rewound_are_read_anew(monkeypatch: pytest.MonkeyP
 
 
 def test_a_draft_model_that_runs_out_of_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ouroboros_llm.drafting.draft_model.Worth.pays", lambda *_: True)
     tokenizer = byte_tokenizer()
     with Ouroboros(tiny_model("qwen3"), tokenizer, draft_model=(tiny_model(), tokenizer)) as ouroboros:
         starved = Starved(monkeypatch, lambda number, width: starved.targets[-1].model is tiny_model() and number > 8)

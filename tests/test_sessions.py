@@ -551,7 +551,6 @@ def test_a_prefix_is_read_between_the_steps_of_others(architecture: str, monkeyp
 
 
 def test_a_kept_prefix_helps_the_draft_model_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ouroboros_llm.drafting.draft_model.Worth.pays", lambda *_: True)
     with make(draft_model=tiny_model("qwen3")) as ouroboros:
         ouroboros.keep_prefix(SYSTEM, scope="c")
         read = len(ouroboros._sessions.sessions.open("c").shelf.prefixes["default"].draft_target.token_ids)

@@ -27,6 +27,8 @@ from ouroboros_llm.target.prepared import PreparedModel, prepare
 from ouroboros_llm.target.static import Attending, StaticForward, padded
 from ouroboros_llm.target.twin import twin_of
 
+pytestmark = pytest.mark.clock
+
 CPU = torch.device("cpu")
 TEXT = [5 + number * 7 % 90 for number in range(40)]
 TREE = DraftTree((60, 61, 62, 63, 64, 65), (-1, 0, 0, 1, 2, 4), (1.0,) * 6, ("",) * 6, (None,) * 6)

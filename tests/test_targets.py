@@ -17,6 +17,8 @@ from ouroboros_llm.target.pass_times import WIDTHS, PassTimes
 from ouroboros_llm.target.prepared import Kind, PreparedModel, locked, prepare
 from ouroboros_llm.target.scripted import ScriptedTarget
 
+pytestmark = pytest.mark.clock
+
 TEXT = [5, 9, 12, 7, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51]
 TREE = DraftTree((60, 61, 62, 63, 64, 65), (-1, 0, 0, 1, 2, 4), (1.0,) * 6, ("",) * 6, (None,) * 6)
 

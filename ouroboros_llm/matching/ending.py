@@ -68,7 +68,7 @@ class Ending:
             if self._forced(here, taken):
                 continue
             mask = here.compute_bitmask()
-            options, closes = self._options(here, mask)
+            options, closes = self._options(here, mask, whole=seen[mask] >= _SAMPLED)
             if not options:
                 break
             # Where the same is asked again, the first answer may lead round in circles.
@@ -95,8 +95,11 @@ class Ending:
             taken += [token_id] * count
         return count > 0
 
-    def _options(self, here: Any, mask: bytes) -> tuple[list[int], bool]:
-        """Tokens of one byte that may come, those that close soonest first; whether the first one closes something."""
+    def _options(self, here: Any, mask: bytes, *, whole: bool) -> tuple[list[int], bool]:
+        """Tokens of one byte that may come, those that close soonest first; whether the first one closes something.
+
+        `whole`: all of them, where a sample has led nowhere, as in an address, which may hold braces but needs an @.
+        """
         bits = np.frombuffer(mask, dtype=np.uint8)
         allowed = (bits[self._tokens >> 3] >> (self._tokens & 7)) & 1
         texts = self._bytes[allowed[: len(self._bytes)] > 0]
@@ -107,7 +110,7 @@ class Ending:
         others = [int(i) for i in (*special, *shortest[texts]) if i not in first]
         if first:
             return [*first, *others], True
-        few = others[:: max(1, len(others) // _SAMPLED)]
+        few = others if whole else others[:: max(1, len(others) // _SAMPLED)]
         found = sorted((self._distance(here, token_id), token_id) for token_id in few)
         if len(few) < len(others) and found[0][0][0] > 1:
             found = sorted((self._distance(here, token_id), token_id) for token_id in others)
