@@ -217,6 +217,7 @@ def test_usage_and_metadata_of_a_message(scripted: Scripted) -> None:
         "ouroboros": {
             "rounds": 3,
             "target_forwards": 4,
+            "draft_forwards": 0,
             "drafted_tokens": 12,
             "accepted_tokens": 5,
             "accepted_by_source": {"phrases": 5},

@@ -266,6 +266,7 @@ class OuroborosFields(BaseLanguageModel[Any]):
             "ouroboros": {
                 "rounds": statistics.rounds,
                 "target_forwards": statistics.target_forwards,
+                "draft_forwards": statistics.draft_forwards,
                 "drafted_tokens": statistics.drafted_tokens,
                 "accepted_tokens": statistics.accepted_tokens,
                 "accepted_by_source": dict(statistics.accepted_by_source),
