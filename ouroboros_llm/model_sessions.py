@@ -54,13 +54,16 @@ class ModelSessions:
         return session
 
     @contextmanager
-    def workspace(self, session: Session, token_ids: Sequence[int], *, room: int) -> Iterator[Workspace]:
-        """What a turn over `token_ids` works with, and what is kept of that for the next turn.
+    def workspace(
+        self, session: Session, token_ids: Sequence[int], others: Sequence[str] = (), *, room: int
+    ) -> Iterator[Workspace]:
+        """What a turn over `token_ids` works with, perhaps a copy of a prefix that is kept in one of the scopes
+        `others`; it is kept for the next turn.
 
         Raises:
             MemoryLimitError: the device cannot hold `room` tokens, of prompt and output.
         """
-        workspace = self.sessions.take(session, token_ids, self.start)
+        workspace = self.sessions.take(session, token_ids, self.start, others=others)
         try:
             self._check_room(room, workspace)
             yield workspace

@@ -49,6 +49,7 @@ class Asked(TypedDict, total=False):
     options: DecodingOptions | None
     tools: Sequence[Mapping[str, Any]] | None
     write_scopes: Sequence[str]
+    prefix_scopes: Sequence[str]
     kept_tokens: Mapping[int, str] | None
 
 
@@ -231,6 +232,7 @@ class Ouroboros:
         options: DecodingOptions | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         write_scopes: Sequence[str] = (),
+        prefix_scopes: Sequence[str] = (),
         kept_tokens: Mapping[int, str] | None = None,
     ) -> Stream:
         """Answer a prompt in pieces: together their texts are `generate(...).text`; the last carries the result.
@@ -243,6 +245,7 @@ class Ouroboros:
             options: sampling, lengths, limits and stop strings; None: greedy.
             tools: function schemas for the chat template.
             write_scopes: further scopes that the answer is added to; read only where `read_scopes` names them too.
+            prefix_scopes: further scopes whose kept prefixes the prompt may go on from (`keep_prefix`).
             kept_tokens: special tokens that the text shows, as a reply's markers (`ReplyFormat.kept_tokens`).
 
         Raises:
@@ -265,7 +268,10 @@ class Ouroboros:
             self._check_writable({session.scope: write, **dict(zip(dict.fromkeys(others), also, strict=True))})
         corpora = [self._corpora.open(name) for name in check_scopes(corpus_scopes, "corpus_scopes")]
         cancelled = threading.Event()
-        steps = self._steps(fitted, session, write, read, also, corpora, options, constraint, cancelled, kept_tokens)
+        prefixes = check_scopes(prefix_scopes, "prefix_scopes")
+        steps = self._steps(
+            fitted, session, write, read, also, corpora, prefixes, options, constraint, cancelled, kept_tokens
+        )
         after = None if isinstance(self.store, MemorySource) else partial(flush, self.store)
         request = Request(steps, timeout=options.timeout, after=after)
         return Stream(self._worker, request, cancelled)
@@ -323,12 +329,12 @@ class Ouroboros:
     ) -> int:
         """Read what many prompts of a scope begin with, a system prompt and tools say, and keep it in memory.
 
-        Later turns of the scope, also several at once, go on from copies of it. It stays until `drop_prefix`, `close`,
-        or the scope's deletion, whatever room others need.
+        Later turns of the scope, also several at once, go on from copies of it, and so do turns that name the scope in
+        `prefix_scopes`. It stays until `drop_prefix`, `close`, or the scope's deletion, whatever room others need.
 
         Args:
             prompt: as for `stream`; messages are read without the opening of an answer behind them.
-            name: of the prefix in its scope; what had that name before is dropped.
+            name: of the prefix in its scope; what had that name before is dropped, unless it is the same.
 
         Returns:
             Its tokens.
@@ -340,6 +346,8 @@ class Ouroboros:
         prompt_ids = self._checked(encode(self.tokenizer, prompt, tools, answering=False))
         fit(prompt_ids, lambda _: prompt_ids, context_length=self.context_length, wanted=1, name=self.name)
         session = self._sessions.open(_settled(scope))
+        if self._sessions.sessions.holds(session, name, prompt_ids):
+            return len(prompt_ids)
         return self._worker.run(self._sessions.keeping(session, prompt_ids, name))
 
     def drop_prefix(self, *, scope: str | None = None, name: str = "default") -> None:
@@ -402,15 +410,16 @@ class Ouroboros:
         read: list[PhrasePool],
         also: list[PhrasePool],
         corpora: list[PhrasePool],
+        prefixes: Sequence[str],
         options: DecodingOptions,
         constraint: Constraint | None,
         cancelled: threading.Event,
         kept_tokens: Mapping[int, str] | None,
     ) -> Steps[Piece]:
-        """One answer, a step at a time, in the worker's thread."""
+        """One answer, a step at a time, in the worker's thread. `prefixes`: scopes whose kept prefixes it may copy."""
         session = self._sessions.recalled(session, write, read)
         room = len(fitted.token_ids) + fitted.limit
-        with self._sessions.workspace(session, fitted.token_ids, room=room) as workspace:
+        with self._sessions.workspace(session, fitted.token_ids, prefixes, room=room) as workspace:
             turn = Turn(
                 self._prepared,
                 self._draft,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from weakref import ref
@@ -87,10 +87,26 @@ class Sessions:
             return scope in self._sessions and self._sessions[scope].recalled
 
     def take(
-        self, session: Session, token_ids: Sequence[int], start: Callable[[], Workspace], *, copies: bool = False
+        self,
+        session: Session,
+        token_ids: Sequence[int],
+        start: Callable[[], Workspace],
+        *,
+        others: Iterable[str] = (),
+        copies: bool = False,
     ) -> Workspace:
-        """What earlier turns of the scope left of a text that begins like `token_ids`, or a new workspace."""
-        return self._memory.take(session.shelf, token_ids, start, copies=copies)
+        """What earlier turns of the scope left of a text that begins like `token_ids`, or a copy of a prefix that is
+        kept in one of the scopes `others`, or a new workspace."""
+        with self._lock:
+            known = [self._sessions[scope] for scope in others if scope in self._sessions]
+        shelves = [other.shelf for other in known if not other.deleted]
+        return self._memory.take(session.shelf, token_ids, start, others=shelves, copies=copies)
+
+    def holds(self, session: Session, name: str, token_ids: Sequence[int]) -> bool:
+        """Whether this very prefix is kept under this name."""
+        with self._lock:
+            kept = session.shelf.prefixes.get(name)
+            return kept is not None and list(kept.target.token_ids) == list(token_ids)
 
     def give_back(self, session: Session, workspace: Workspace) -> None:
         """Keep a turn's workspace for the next turns of its scope. Keys and values of deleted scopes are freed here."""

@@ -119,11 +119,13 @@ class Shelf:
         self.in_use: WeakSet[Workspace] = WeakSet()
         self.closed = False
 
-    def best(self, token_ids: Sequence[int]) -> tuple[Workspace | None, int]:
-        """The workspace that has read most of `token_ids`, and how much; of equals the one with least else."""
+    def best(self, token_ids: Sequence[int], others: Iterable[Shelf] = ()) -> tuple[Workspace | None, int]:
+        """The workspace that has read most of `token_ids`, and how much; of equals the one with least else. Of `others`
+        only prefixes count."""
+        kept = [workspace for shelf in (self, *others) for workspace in shelf.prefixes.values()]
         known = [
             (workspace.target.common_prefix(token_ids), -workspace.length, workspace)
-            for workspace in [*self.idle, *self.prefixes.values()]
+            for workspace in [*self.idle, *kept]
         ]
         shared, _, workspace = max(known, key=lambda entry: entry[:2], default=(0, 0, None))
         return (workspace, shared) if shared else (None, 0)
@@ -190,15 +192,22 @@ class WorkspaceMemory:
             )
 
     def take(
-        self, shelf: Shelf, token_ids: Sequence[int], start: Callable[[], Workspace], *, copies: bool = False
+        self,
+        shelf: Shelf,
+        token_ids: Sequence[int],
+        start: Callable[[], Workspace],
+        *,
+        others: Sequence[Shelf] = (),
+        copies: bool = False,
     ) -> Workspace:
         """A workspace for a turn over `token_ids`: what is idle, a copy of what others still want, or a new one.
+        `others`: shelves whose prefixes may be copied too.
 
         What a turn takes it cuts to the prefix that it shares. So where the larger part would be lost, and always where
         a prefix is kept or `copies` is asked for, the turn gets a copy of that prefix.
         """
         with self.lock:
-            found, shared = shelf.best(token_ids)
+            found, shared = shelf.best(token_ids, others)
             idle = found in shelf.idle
             if found is not None and idle:
                 shelf.idle.remove(found)

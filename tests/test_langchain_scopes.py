@@ -18,7 +18,7 @@ from test_langchain import CLASSES, Listener
 
 from langchain_ouroboros import ChatOuroboros, OuroborosLLM
 from langchain_ouroboros._scopes import FoundScopes, found_scopes
-from ouroboros_llm import Ouroboros, ouroboros_scope
+from ouroboros_llm import OptionError, Ouroboros, ouroboros_scope
 
 CONFIG: Any = {"configurable": {"thread_id": "42"}}
 PROMPT = ChatPromptTemplate.from_messages([("human", "{text}")])
@@ -301,3 +301,37 @@ def test_phrases_of_an_agent_reach_its_other_conversations_only_if_wanted(tiny_o
     assert forwards("2") == cold
     assert forwards("3", learn_agent=True) == cold
     assert forwards("4") < cold
+
+
+def test_what_an_agent_s_conversations_begin_with_is_read_once(tiny_ouroboros: Ouroboros) -> None:
+    def cached(thread: str, system: str = "You plan journeys.", **settings: Any) -> int:
+        settings = {"learn_agent": True, **settings}
+        model = ChatOuroboros(ouroboros=tiny_ouroboros, max_tokens=4, **settings)
+        config: Any = {"configurable": {"thread_id": thread}, "metadata": {"lc_agent_name": "planner"}}
+        message: AIMessage = model.invoke([("system", system), ("human", f"I am {thread}.")], config)
+        usage: Any = message.usage_metadata
+        return int(usage["input_token_details"]["cache_read"])
+
+    system = tiny_ouroboros.encode([{"role": "system", "content": "You plan journeys."}])
+    assert cached("anna") == 0
+    assert tiny_ouroboros.kv_usage.kept == 0, "it may be one that never comes again"
+    instructions = cached("ben")
+    assert 20 < instructions < len(system)
+    assert cached("clara") == instructions, "nothing of what the others say"
+    assert cached("anna") > instructions
+    assert cached("dave", learn_agent=False) == 0
+    assert cached("elif", system="You plan journeys by rail.") < instructions
+    assert tiny_ouroboros.kv_usage.kept > 0
+
+
+def test_instructions_that_cannot_be_kept_are_read_again(
+    tiny_ouroboros: Ouroboros, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **settings: Any) -> int:
+        raise OptionError("there is no room")
+
+    monkeypatch.setattr(tiny_ouroboros, "keep_prefix", refuse)
+    model = ChatOuroboros(ouroboros=tiny_ouroboros, max_tokens=4, learn_agent=True)
+    for thread in "ab":
+        config: Any = {"configurable": {"thread_id": thread}, "metadata": {"lc_agent_name": "planner"}}
+        assert model.invoke([("system", "You plan."), ("human", "hi")], config).usage_metadata

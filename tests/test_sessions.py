@@ -477,6 +477,39 @@ def test_a_kept_prefix_serves_turns_at_once(architecture: str) -> None:
         assert ouroboros.kv_usage.kept == 0
 
 
+def test_a_kept_prefix_serves_scopes_that_name_its_own(tiny_ouroboros: Ouroboros) -> None:
+    def ask(scope: str, named: str) -> int:
+        prompt = [*SYSTEM, 7]
+        result = tiny_ouroboros.generate(prompt, scope=scope, prefix_scopes=[named], options=OPTIONS)
+        assert list(result.token_ids) == plain(tiny_ouroboros.model, prompt, 12)
+        return result.usage.cached_tokens
+
+    tiny_ouroboros.keep_prefix(SYSTEM[:40], scope="agent:x")
+    check(tiny_ouroboros, SYSTEM, "agent:x")
+    assert ask("a", "agent:x") == 40, "what the other scope's turns left is its own"
+    assert ask("b", "agent:y") == 0
+    assert ask("a", "agent:y") == len(SYSTEM)
+    assert "agent:y" not in tiny_ouroboros._sessions.sessions._sessions, "naming a scope makes none"
+    tiny_ouroboros.drop_prefix(scope="agent:x")
+    assert ask("c", "agent:x") == 0
+
+
+def test_a_deleted_scope_s_prefix_serves_nobody() -> None:
+    with PhraseStore("sqlite://") as store, make(store=store) as ouroboros:
+        ouroboros.keep_prefix(SYSTEM, scope="agent:x")
+        store.delete("agent:x")
+        result = ouroboros.generate([*SYSTEM, 7], scope="a", prefix_scopes=["agent:x"], options=OPTIONS)
+        assert result.usage.cached_tokens == 0
+
+
+def test_a_prefix_that_is_kept_already_is_not_read_again(
+    tiny_ouroboros: Ouroboros, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_ouroboros.keep_prefix(SYSTEM, scope="c")
+    monkeypatch.setattr(tiny_ouroboros._sessions, "keeping", None)
+    assert tiny_ouroboros.keep_prefix(SYSTEM, scope="c") == len(SYSTEM)
+
+
 def test_a_kept_prefix_of_messages_and_tools_is_found_again() -> None:
     messages = [{"role": "system", "content": "You are a pirate."}]
     with make() as ouroboros:

@@ -73,8 +73,8 @@ class OuroborosFields(BaseLanguageModel[Any]):
     """Documents that answers may quote, as `Ouroboros.index_documents` put them into a scope: "manuals" is
     `corpus:manuals`."""
     learn_agent: bool = Field(default=False, repr=False)
-    """Add answers to the agent's scope too, which all its conversations read: only where these may share what they
-    say."""
+    """Add answers to the agent's scope too, which all its conversations read, and keep its instructions there: only
+    where these may share what they say."""
     ouroboros: Any = Field(default=None, exclude=True, repr=False)
     """An `Ouroboros` that you built yourself, in place of the fields above that load one."""
 
@@ -244,6 +244,7 @@ class OuroborosFields(BaseLanguageModel[Any]):
         **form: Any,
     ) -> Iterator[Piece]:
         options = self._options(stop, **form)
+        shared = {"prefix_scopes": self._write_scopes} if self._write_scopes else {}
         with _our_names():
             stream: Iterator[Piece] = (ouroboros or self._loaded()).stream(
                 prompt,
@@ -254,6 +255,7 @@ class OuroborosFields(BaseLanguageModel[Any]):
                 tools=tools,
                 kept_tokens=kept_tokens,
                 **({} if self.corpus_scope is None else {"corpus_scopes": [corpus_of(self.corpus_scope)]}),
+                **shared,
             )
         return stream
 

@@ -26,6 +26,7 @@ from ouroboros_llm.replies import (
 from ouroboros_llm.replies.asked import Asked
 from ouroboros_llm.stream import ashown, off_the_loop, shown
 
+from ._instructions import keep_instructions
 from ._messages import call_ids, to_dicts
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Exchange:
     def _start(self) -> Iterator[Piece]:
         ouroboros, asking = self._model._loaded(), self._exchange
         asking.start(ouroboros)
+        for agent in self._model._write_scopes or ():
+            keep_instructions(ouroboros, agent, self._model.scope, asking.prompt, asking.tools)
         return self._model._stream_of(
             asking.prompt,
             self._stop,
