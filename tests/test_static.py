@@ -163,6 +163,16 @@ def test_buffers_grow_in_steps_and_their_text_goes_on() -> None:
     assert all(layer.capacity == capacities[-1] for layer in target.cache.states.layers)
 
 
+def test_buffers_that_grew_unevenly_are_made_even() -> None:
+    """As they are left where memory ran out between keys and values."""
+    target = read(prepare(tiny_model(), "static"))
+    layer = target.cache.states.layers[1]
+    layer.keys = layer._resized(layer.keys, 384)
+    logits = target.verify(TREE)
+    assert {tensor.shape[2] for one in target.cache.states.layers for tensor in (one.keys, one.values)} == {256}
+    assert close(logits, read(prepare(tiny_model(), "eager")).verify(TREE))
+
+
 def test_capacities_are_few() -> None:
     sizes = sorted({roomy(size) for size in range(1, 100_000)})
     assert sizes[:6] == [256, 384, 512, 768, 1024, 1536]

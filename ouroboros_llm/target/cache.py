@@ -187,7 +187,8 @@ class SlotCache:
 
     def reserve(self, slots: int) -> None:
         """Let every layer have as many slots as the others, and so many at least."""
-        capacities = {layer.capacity for layer in self._used}
+        # Where memory ran out, keys may have grown without their values.
+        capacities = {states.shape[2] for layer in self._used for states in (layer.keys, layer.values)}
         if len(capacities) > 1 or min(capacities, default=slots) < slots:
             capacity = roomy(slots)
             for layer in self._used:
