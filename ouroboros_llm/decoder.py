@@ -111,14 +111,26 @@ def likeliest_tokens(logits: torch.Tensor, count: int) -> tuple[list[int], tuple
     if not count:
         return logits.argmax(-1).tolist(), ()
     top, ids = logits.topk(min(max(count, 2), logits.shape[-1]))
-    rows: list[list[int]] = ids.tolist()
-    # Which of two equal logits comes first is for argmax to say, as it is in the library's own loop.
-    likeliest = [
-        int(logits[row].argmax()) if tied else rows[row][0]
-        for row, tied in enumerate((top[:, 0] == top[:, 1]).tolist())
-    ]
+    if logits.is_cuda:
+        likeliest, top, ids = _fetched(logits, top, ids)
+    else:
+        # Which of two equal logits comes first is for argmax to say, as it is in the library's own loop.
+        tied = (top[:, 0] == top[:, 1]).tolist()
+        likeliest = [int(logits[row].argmax()) if tie else int(ids[row, 0]) for row, tie in enumerate(tied)]
     chances = top.float().softmax(-1).tolist()
-    return likeliest, tuple(tuple(zip(*row, strict=True)) for row in zip(rows, chances, strict=True))
+    return likeliest, tuple(tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), chances, strict=True))
+
+
+def _fetched(
+    logits: torch.Tensor, top: torch.Tensor, ids: torch.Tensor
+) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    """The argmax of each row, and `top` and `ids` on the CPU, all in one copy: the only one that a round waits for."""
+    import torch
+
+    count = top.shape[1]
+    # Double precision holds tokens' numbers and logits of any other precision alike.
+    fetched = torch.cat([logits.argmax(-1, keepdim=True), ids, top.double()], 1).cpu()
+    return fetched[:, 0].long().tolist(), fetched[:, 1 + count :], fetched[:, 1 : 1 + count].long()
 
 
 def fit(draft: DraftTree, root_token_id: int, budget: Budget, branching: Branching) -> DraftTree:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,11 @@ from uuid import uuid4
 
 import pytest
 import torch
+
+# Before anything imports Triton: without a device its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from databases import POSTGRES, administer, needs_postgres
 from sqlalchemy import make_url
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 import ouroboros_llm.target.prepared
 from ouroboros_llm import DecodingOptions, OptionError, Ouroboros
 from ouroboros_llm.draft_tree import MAX_WIDTH, DraftTree, TreeBuilder
+from ouroboros_llm.target.attending import Attending
 from ouroboros_llm.target.attention import Nodes, attend
 from ouroboros_llm.target.base import Pass
 from ouroboros_llm.target.cache import SlotCache, roomy
@@ -24,7 +25,7 @@ from ouroboros_llm.target.eager import EagerTarget
 from ouroboros_llm.target.head import Float32Head, put_float32_head
 from ouroboros_llm.target.pass_times import WIDTHS, PassTimes
 from ouroboros_llm.target.prepared import PreparedModel, prepare
-from ouroboros_llm.target.static import Attending, StaticForward, padded
+from ouroboros_llm.target.static import StaticForward, padded
 from ouroboros_llm.target.twin import twin_of
 
 pytestmark = pytest.mark.clock
@@ -114,7 +115,7 @@ def test_a_step_never_waits_for_the_device(architecture: str, width: int) -> Non
     target, static = read(prepared), static_of(prepared)
     target.verify(DraftTree.chain([60] * width))
     with torch.inference_mode():
-        nodes = static._filled(DraftTree.chain([60] * width), len(TEXT))
+        nodes = static.filled(padded(width), DraftTree.chain([60] * width), len(TEXT), target.cache)
         states = static.shown(nodes, target.cache)
         with NoSynchronization() as watched, NoReading():
             static.step(nodes, states)
@@ -126,8 +127,8 @@ def test_a_step_is_one_graph(architecture: str) -> None:
     prepared = prepare(tiny_model(architecture), "static")
     target, static = read(prepared), static_of(prepared)
     with torch.inference_mode():
-        nodes = static._filled(TREE, len(TEXT))
-        target.cache.reserve(len(TEXT) + nodes.width)
+        target.cache.reserve(len(TEXT) + 8)
+        nodes = static.filled(8, TREE, len(TEXT), target.cache)
         states = static.shown(nodes, target.cache)
         torch._dynamo.reset()
         found = torch._dynamo.explain(static.step)(nodes, states)

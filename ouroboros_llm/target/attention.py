@@ -7,6 +7,7 @@ once and replayed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,20 +26,28 @@ class Nodes:
         ids, positions: [1, width].
         slots: [width], where each node's keys and values are written: behind the text.
         lineage: [width], one bit for the node itself and for each of its ancestors.
-        length: a number, the tokens of the text.
+        length, capacity: numbers, the tokens of the text and the slots of its buffers.
+        buffers: addresses, of the keys and of the values of each layer.
     """
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, width: int, device: torch.device, layers: int = 0) -> None:
+        """`layers`: as many addresses there is room for."""
         self.width = width
+        size = 4 * width + 2 + 2 * layers
         # One row, so that one copy brings all of it to the device.
-        self._row = torch.zeros(4 * width + 1, dtype=torch.long, device=device)
-        self._staged = torch.zeros(4 * width + 1, dtype=torch.long, pin_memory=device.type == "cuda")
-        ids, positions, self.slots, self.lineage = self._row[:-1].view(4, width)
-        self.ids, self.positions, self.length = ids[None], positions[None], self._row[-1]
+        self._row = torch.zeros(size, dtype=torch.long, device=device)
+        self._staged = torch.zeros(size, dtype=torch.long, pin_memory=device.type == "cuda")
+        ids, positions, self.slots, self.lineage = self._row[: 4 * width].view(4, width)
+        self.ids, self.positions = ids[None], positions[None]
+        self.length, self.capacity = self._row[4 * width : 4 * width + 2].unbind()
+        self.buffers = self._row[4 * width + 2 :]
 
-    def fill(self, draft: DraftTree, length: int, vocabulary: int) -> None:
+    def fill(
+        self, draft: DraftTree, length: int, vocabulary: int, capacity: int = 0, addresses: Sequence[int] = ()
+    ) -> None:
         """Take the nodes of `draft` behind so many tokens. What is left of the width sees nothing but itself."""
-        rows = self._staged.numpy()[:-1].reshape(4, self.width)
+        staged = self._staged.numpy()
+        rows, numbers = staged[: 4 * self.width].reshape(4, self.width), staged[4 * self.width :]
         # An id outside the vocabulary cannot be looked up. The target never chooses one, so any stand-in is right.
         known = [token_id if token_id < vocabulary else 0 for token_id in draft.token_ids]
         # Filled up with the root: a padding token among the ids would be warned of.
@@ -47,8 +56,12 @@ class Nodes:
         rows[1] += length
         rows[2] = np.arange(length, length + self.width)
         rows[3] = _lineage(draft.parents, self.width)
-        self._staged[-1] = length
+        numbers[:2], numbers[2:] = (length, capacity), addresses
         self._row.copy_(self._staged, non_blocking=True)
+
+    @property
+    def placed(self) -> Placed:
+        return Placed(self.length, self.capacity, self.buffers, self.positions[0], self.lineage)
 
     def seen(self, sees: Sees, slots: int) -> torch.Tensor:
         """[1, 1, width, slots]: whether the row's node sees the column's slot in a kind of layer."""
@@ -62,6 +75,21 @@ class Nodes:
         allowed = sees(zero, zero, self.positions[:, None, :, None], positions[None, None, None])
         seen: torch.Tensor = allowed & (committed | own)
         return seen
+
+
+class Placed(NamedTuple):
+    """Where a pass takes place, in tensors that stay where they are, 64-bit numbers all of them."""
+
+    length: torch.Tensor
+    """A number, the tokens of the text."""
+    capacity: torch.Tensor
+    """A number, the slots of every buffer."""
+    buffers: torch.Tensor
+    """[2 * layers], the addresses of each layer's keys [1, key heads, capacity, size] and values."""
+    positions: torch.Tensor
+    """[width]."""
+    lineage: torch.Tensor
+    """[width], a bit for the node itself and for each of its ancestors."""
 
 
 def _lineage(parents: Sequence[int], width: int) -> list[int]:

@@ -9,6 +9,7 @@ convolution states.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -163,11 +164,7 @@ class SlotCache:
 
     def keep(self, start: int, path: Sequence[int], width: int) -> None:
         if tuple(path) != tuple(range(len(path))):
-            slots: dict[torch.device, torch.Tensor] = {}
-            for layer in self._used:
-                if layer.device not in slots:
-                    slots[layer.device] = torch.tensor([start + node for node in path], device=layer.device)
-                layer.move(start, slots[layer.device])
+            self._move(start, [start + node for node in path])
         self.rewind(start + len(path))
 
     def reach(self, length: int) -> int:
@@ -193,6 +190,14 @@ class SlotCache:
             capacity = roomy(slots)
             for layer in self._used:
                 layer.resize(capacity)
+
+    def addresses(self) -> list[int]:
+        """Where each layer's keys begin and each layer's values; 0 where a layer has none of its own."""
+        return [
+            states.data_ptr() if layer.is_initialized else 0
+            for layer in self._layers
+            for states in (layer.keys, layer.values)
+        ]
 
     def extend(self, width: int) -> None:
         """Count the next `width` slots of every layer, which were written in place."""
@@ -231,6 +236,17 @@ class SlotCache:
             if f"{number}.keys" in tensors:
                 parts = (tensors[f"{number}.{name}"].to(device, copy=True) for name in ("keys", "values"))
                 self._layers[number].fill(*parts)
+
+    def _move(self, start: int, slots: list[int]) -> None:
+        if self._used[0].keys.is_cuda and find_spec("triton") is not None:
+            from .kernels import move_slots
+
+            return move_slots([states for layer in self._used for states in (layer.keys, layer.values)], start, slots)
+        there: dict[torch.device, torch.Tensor] = {}
+        for layer in self._used:
+            if layer.device not in there:
+                there[layer.device] = torch.tensor(slots, device=layer.device)
+            layer.move(start, there[layer.device])
 
     @property
     def _used(self) -> list[SlotLayer]:

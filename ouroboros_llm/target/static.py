@@ -1,76 +1,33 @@
 """Passes of fixed shape: padded to one of a few widths, over slots of fixed number, with attention of our own.
 
 The library's forward runs as it is, on the model's twin. Two functions, registered under a name that only the twin's
-configuration knows, tell its layers what nodes see and how they attend; a cache shows them all slots of the text's own.
+configuration knows, tell its layers what nodes see and how they attend; a cache shows them the text's own slots.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from itertools import count
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers import Cache, PreTrainedModel
 
-from ..draft_tree import DraftTree
+from ..draft_tree import MAX_WIDTH, DraftTree
 from ..errors import ModelError
-from .attention import Nodes, Sees, attend
-from .cache import SlotCache, SlotLayer
+from .attending import Attending, Attention, attention_for, forget
+from .attention import Nodes
+from .cache import SlotCache
+from .clock import on
+from .graphed import CudaRecorder, Recorder, Recordings
 from .head import put_float32_head
 from .pass_times import WIDTHS
 from .twin import twin_of
-
-_numbers = count()
 
 
 def padded(width: int) -> int:
     """The width of the pass that a draft of `width` nodes takes."""
     return next(wide for wide in WIDTHS if wide >= width)
-
-
-class Attending:
-    """What the library's layers call during a pass. It holds nothing of the model, so that it can outlive it."""
-
-    def __init__(self) -> None:
-        self.name = f"ouroboros_{next(_numbers)}"
-        self.nodes: Nodes | None = None
-        self.calls = 0
-        """Layers that attended in this pass."""
-        AttentionInterface.register(self.name, self.attend)
-        AttentionMaskInterface.register(self.name, self.seen)
-
-    def seen(self, *, kv_length: int, mask_function: Sees, **_: Any) -> torch.Tensor:
-        """The library asks this once for every kind of layer; what it gets it hands to `attend`."""
-        assert self.nodes is not None
-        return self.nodes.seen(mask_function, kv_length)
-
-    def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: torch.Tensor | None = None,
-        position_bias: torch.Tensor | None = None,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """The library's layers call this. Windows come with the mask, so the rest of what they say is not needed."""
-        if attention_mask is None or position_bias is not None:
-            raise NotImplementedError("attention without a mask of ours, or with a bias for positions")
-        self.calls += 1
-        return attend(query, key, value, attention_mask, scaling, softcap, s_aux), None
-
-
-def _forget(name: str) -> None:
-    # There is no way to take a name back.
-    for interface in (AttentionInterface, AttentionMaskInterface):
-        interface._global_mapping.pop(name, None)
 
 
 class StaticForward:
@@ -82,12 +39,18 @@ class StaticForward:
             which is not held here, so that it can be freed.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Raises ModelError where the weights lie on several devices, or layers compute through hooks."""
+    def __init__(
+        self, model: PreTrainedModel, attention: Attention | None = None, recorder: Recorder | None = None
+    ) -> None:
+        """`attention`, `recorder`: None: what is best on the model's device.
+
+        Raises:
+            ModelError: the weights lie on several devices, or layers compute through hooks.
+        """
         if len({parameter.device for parameter in model.parameters()}) > 1 or hasattr(model, "hf_device_map"):
             raise ModelError("its layers are spread over devices")
-        self._attending = Attending()
-        weakref.finalize(self, _forget, self._attending.name)
+        self._attending = Attending(attention or attention_for(model.device))
+        weakref.finalize(self, forget, self._attending.name)
         self.model = twin_of(model)
         put_float32_head(self.model)
         self.reader = _reader(model)
@@ -97,6 +60,10 @@ class StaticForward:
         # Scales that follow the length need it; where it is not used, a number keeps it out of Python's arithmetic.
         self._counts = bool(getattr(config, "attn_temperature_tuning", None))
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+        # Only layers that keep nothing of a text can be recorded for all of them.
+        if recorder is None and model.device.type == "cuda" and self._in_place:
+            recorder = CudaRecorder(model.device)
+        self._recordings = Recordings(recorder) if recorder else None
         self._nodes: dict[int, Nodes] = {}
 
     @torch.inference_mode()
@@ -104,22 +71,36 @@ class StaticForward:
         """One pass over `draft` behind the first `length` tokens of a text, of which there are some, in `cache`.
 
         Returns:
-            Logits [width, vocabulary]. The nodes are written behind the text, as the library's forward writes them.
+            Logits [width, vocabulary], there until the next pass. The nodes are written behind the text, as the
+            library's forward writes them.
 
         Raises:
             RuntimeError: the model's layers did not attend as they were told, so the logits would be wrong.
         """
-        nodes = self._filled(draft, length)
+        width = padded(draft.width)
         cache.rewind(length)
-        cache.reserve(length + nodes.width)
-        self._attending.calls = 0
-        logits = self.step(nodes, self.shown(nodes, cache))
-        if self._attending.calls != self._layers:
-            raise RuntimeError(
-                f"{self._attending.calls} of {self._layers} layers use the library's attention interface"
-            )
+        cache.reserve(length + (MAX_WIDTH if self._recordings else width))
+        nodes = self.filled(width, draft, length, cache)
+        with on(self.model.device):
+            if self._recordings is None:
+                logits = self._checked(nodes, cache)
+            else:
+                if not self._recordings.complete(width):
+                    self.filled(MAX_WIDTH, draft, length, cache)
+                logits = self._recordings.run(width, lambda wide: self._checked(self._nodes[wide], cache))
         cache.extend(draft.width)
         return logits[: draft.width]
+
+    def ready(self, width: int) -> bool:
+        """Whether a pass over a draft of that width is made as all later ones are, with nothing to prepare."""
+        return self._recordings is None or width > MAX_WIDTH or self._recordings.complete(padded(width))
+
+    def _checked(self, nodes: Nodes, cache: SlotCache) -> torch.Tensor:
+        self._attending.calls = 0
+        logits = self.step(nodes, self.shown(nodes, cache))
+        if (calls := self._attending.calls) != self._layers:
+            raise RuntimeError(f"{calls} of {self._layers} layers use the library's attention interface")
+        return logits
 
     def step(self, nodes: Nodes, states: Cache) -> torch.Tensor:
         """The pass itself, on the device alone; logits [padded width, vocabulary]."""
@@ -137,46 +118,23 @@ class StaticForward:
     def shown(self, nodes: Nodes, cache: SlotCache) -> Cache:
         """The text's slots as a pass over `nodes` reads and writes them."""
         layers: Sequence[Any] = cache.states.layers
-        return Cache(layers=[StaticLayer(layer, nodes, cache.capacity, self._counts) for layer in layers])
+        show = self._attending.attention.layer
+        return Cache(layers=[show(number, layer, nodes, self._counts) for number, layer in enumerate(layers)])
 
-    def _filled(self, draft: DraftTree, length: int) -> Nodes:
-        width = padded(draft.width)
+    def filled(self, width: int, draft: DraftTree, length: int, cache: SlotCache) -> Nodes:
+        """The nodes of that width, which are those of `draft` from now on."""
+        layers = len(cache.states.layers) if self._in_place else 0
         if width not in self._nodes:
-            self._nodes[width] = Nodes(width, self.model.device)
-        self._nodes[width].fill(draft, length, self._vocabulary)
+            self._nodes[width] = Nodes(width, self.model.device, layers)
+        addresses = cache.addresses() if layers else ()
+        self._nodes[width].fill(draft, length, self._vocabulary, cache.capacity, addresses)
         return self._nodes[width]
+
+    @property
+    def _in_place(self) -> bool:
+        return self._attending.attention.in_place
 
 
 def _reader(model: PreTrainedModel) -> PreTrainedModel | None:
     twin = twin_of(model)
     return twin if put_float32_head(twin) else None
-
-
-class StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the library's hook is not typed
-    """One layer of a text for the length of a pass: writes nodes behind the text, shows all slots."""
-
-    # Windows are for the mask: the library's own sliding layers move their slots, which nodes of a tree cannot share.
-    is_compileable, is_sliding, is_croppable = True, False, False
-
-    def __init__(self, own: SlotLayer, nodes: Nodes, slots: int, counts: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._own, self._nodes, self._slots, self._counts, self.is_initialized = own, nodes, slots, counts, True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """The text was begun by a pass of the library's own."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        for slots, states in ((self._own.keys, key_states), (self._own.values, value_states)):
-            slots.index_copy_(2, self._nodes.slots, states)
-        return self._own.keys, self._own.values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._slots, 0
-
-    def get_seq_length(self) -> Any:
-        return self._nodes.length if self._counts else 0
-
-    def get_max_length(self) -> int:
-        return self._slots

@@ -1,0 +1,155 @@
+"""What the library's layers call when they attend: over all slots that there are, or in place, by kernels."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from itertools import count
+from typing import Any, Protocol
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import CacheLayerMixin
+
+from .attention import Nodes, Sees, attend
+from .cache import SlotLayer
+
+_numbers = count()
+
+
+class Attention(Protocol):
+    """How nodes attend, and how layers show them keys and values."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether layers keep nothing of a text, which is found by the addresses that come with the nodes."""
+
+    def layer(self, number: int, own: SlotLayer, nodes: Nodes, counts: bool) -> CacheLayerMixin:
+        """A layer for the length of a pass, or for as long as `nodes` are. `counts`: whether it is to say how long the
+        text is."""
+
+    def seen(self, nodes: Nodes, sees: Sees, slots: int, local_size: int | None) -> torch.Tensor:
+        """What nodes see in a kind of layer, in whatever form `attend` takes it."""
+
+    def attend(
+        self,
+        nodes: Nodes,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        seen: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[1, width, heads, value size] of query [1, heads, width, size], and what the layer's `update` returned."""
+
+
+def attention_for(device: torch.device) -> Attention:
+    """In place where there are kernels for a device, else over all slots."""
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from .in_place import InPlace
+
+        return InPlace()
+    return OverSlots()
+
+
+class Attending:
+    """Two functions that are registered with the library for one model, and who attends at the moment.
+
+    It holds nothing of the model, so that it can outlive it.
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        self.name = f"ouroboros_{next(_numbers)}"
+        self.attention = attention
+        self.nodes: Nodes | None = None
+        self.calls = 0
+        """Layers that attended in this pass."""
+        AttentionInterface.register(self.name, self.attend)
+        AttentionMaskInterface.register(self.name, self.seen)
+
+    def seen(self, *, kv_length: int, mask_function: Sees, local_size: int | None = None, **_: Any) -> torch.Tensor:
+        """The library asks this once for every kind of layer; what it gets it hands to `attend`."""
+        assert self.nodes is not None
+        return self.attention.seen(self.nodes, mask_function, kv_length, local_size)
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        position_bias: torch.Tensor | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """The library's layers call this. Windows come with the mask, so the rest of what they say is not needed."""
+        if self.nodes is None or attention_mask is None or position_bias is not None:
+            raise NotImplementedError("attention without a mask of ours, or with a bias for positions")
+        self.calls += 1
+        found = self.attention.attend(self.nodes, query, key, value, attention_mask, scaling, softcap, s_aux)
+        return found, None
+
+
+def forget(name: str) -> None:
+    """Take back what was registered under a name; the library has no way to."""
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        interface._global_mapping.pop(name, None)
+
+
+class OverSlots:
+    """Plain operations, over all slots that there are."""
+
+    in_place = False
+
+    def layer(self, number: int, own: SlotLayer, nodes: Nodes, counts: bool) -> CacheLayerMixin:
+        return SlotsLayer(own, nodes, counts)
+
+    def seen(self, nodes: Nodes, sees: Sees, slots: int, local_size: int | None) -> torch.Tensor:
+        return nodes.seen(sees, slots)
+
+    def attend(
+        self,
+        nodes: Nodes,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        seen: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return attend(query, key, value, seen, scaling, softcap, sinks)
+
+
+class SlotsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the library's hook is not typed
+    """One layer of a text for the length of a pass: writes nodes behind the text, shows all slots."""
+
+    # Windows are for the mask: the library's own sliding layers move their slots, which nodes of a tree cannot share.
+    is_compileable, is_sliding, is_croppable = True, False, False
+
+    def __init__(self, own: SlotLayer, nodes: Nodes, counts: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._own, self._nodes, self._counts, self.is_initialized = own, nodes, counts, True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """The text was begun by a pass of the library's own."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for slots, states in ((self._own.keys, key_states), (self._own.values, value_states)):
+            slots.index_copy_(2, self._nodes.slots, states)
+        return self._own.keys, self._own.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._own.capacity, 0
+
+    def get_seq_length(self) -> Any:
+        return self._nodes.length if self._counts else 0
+
+    def get_max_length(self) -> int:
+        return -1
