@@ -100,6 +100,7 @@ def work(given: Namespace) -> dict[str, Any]:
         store=given.store,
         learn_agent=given.learn,
         max_tokens=given.max_tokens,
+        max_draft_tokens=given.max_draft_tokens,
     )
     model = plain(model) if given.plain else model
     watched: list[Any] = [ModelCallLimitMiddleware(run_limit=CALLS), *([] if given.free else [step_by_step])]
@@ -236,6 +237,9 @@ def flags() -> ArgumentParser:
     parser.add_argument("--free", action="store_true", help="let the model choose whether and what to call")
     parser.add_argument("--compare", action="store_true", help="also decode plainly, and compare all messages")
     parser.add_argument("--plain", action="store_true", help="decode plainly instead")
+    parser.add_argument(
+        "--max-draft-tokens", type=int, metavar="N", help="guesses per pass [as many as pay by the clock]"
+    )
     parser.add_argument("--max-tokens", type=int, default=200, help="per reply, at most [%(default)s]")
     parser.add_argument("--json", metavar="FILE", help="where figures and messages go")
     return parser
