@@ -101,6 +101,7 @@ def work(given: Namespace) -> dict[str, Any]:
         learn_agent=given.learn,
         max_tokens=given.max_tokens,
         max_draft_tokens=given.max_draft_tokens,
+        drafters=given.drafters.split(",") if given.drafters else None,
     )
     model = plain(model) if given.plain else model
     watched: list[Any] = [ModelCallLimitMiddleware(run_limit=CALLS), *([] if given.free else [step_by_step])]
@@ -240,6 +241,7 @@ def flags() -> ArgumentParser:
     parser.add_argument(
         "--max-draft-tokens", type=int, metavar="N", help="guesses per pass [as many as pay by the clock]"
     )
+    parser.add_argument("--drafters", metavar="NAME,...", help="where guesses may come from [all but lookahead]")
     parser.add_argument("--max-tokens", type=int, default=200, help="per reply, at most [%(default)s]")
     parser.add_argument("--json", metavar="FILE", help="where figures and messages go")
     return parser

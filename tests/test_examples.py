@@ -45,7 +45,7 @@ def rows(printed: str, first: str) -> list[list[str]]:
 def test_the_sql_agent_says_the_same_in_fewer_passes(tiny_folder: str, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     printed = run(
-        "langgraph_sql_agent.py", tiny_folder, "--tasks=2", "--max-tokens=80", "--compare", f"--json={report}"
+        "langgraph_sql_agent.py", tiny_folder, "--tasks=2", "--max-tokens=40", "--compare", f"--json={report}"
     )
     found: dict[str, Any] = json.loads(report.read_text())
     first, second, alone = (found["figures"][name] for name in ("run 1", "run 2", "plain"))
@@ -73,9 +73,8 @@ def test_chats_go_on_in_another_process(tiny_folder: str) -> None:
 def test_answers_from_docstrings_are_those_of_plain_decoding(tiny_folder: str) -> None:
     printed = run("rag_chain.py", tiny_folder, "--tasks=2", "--max-tokens=24")
     [total] = rows(printed, "all")
-    assert total[1] == "48" or int(total[1]) > 2
     assert total[-1] == "2/2"
-    assert int(total[2]) <= int(total[1])
+    assert 0 < int(total[2]) <= int(total[1]) <= 48
 
 
 @pytest.mark.real_model
