@@ -98,6 +98,16 @@ def load(name: str | Path, *, device: str | torch.device = "auto", dtype: str | 
     return LoadedModel(model.train(False), tokenizer, str(name))
 
 
+def placement(device: str | torch.device, dtype: str | torch.dtype) -> tuple[torch.device, torch.dtype]:
+    """The device and the dtype that `load` would take; "auto" stands for bfloat16 where a checkpoint would decide.
+    Raises OptionError: no such device or dtype."""
+    import torch
+
+    place = _device(torch, device)
+    number = _dtype(torch, dtype, place)
+    return place, torch.bfloat16 if number == "auto" else number
+
+
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """A model's tokenizer, without its weights, from files that are on this machine already: nothing is fetched.
 

@@ -21,7 +21,7 @@ class Results:
     def __init__(self, root: Path, model: str, started: datetime) -> None:
         """Raises OSError where `root` cannot be written to."""
         model = re.sub(r"[^\w.-]+", "-", Path(model).name).strip("-") or "model"
-        self.folder = _new_folder(root, f"{started:%Y-%m-%dT%H-%M-%S}-{model}")
+        self.folder = new_folder(root, model, started)
         self._answers = (self.folder / "answers.jsonl").open("w", encoding="utf-8")
 
     def add(self, record: Record, text: str) -> None:
@@ -44,11 +44,18 @@ class Results:
     def finish(self, report: Mapping[str, Any], markdown: str) -> None:
         """Write the report, whole or not at all."""
         self._answers.close()
-        _write(self.folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-        _write(self.folder / "report.md", markdown)
+        write_report(self.folder, report, markdown)
 
 
-def _new_folder(root: Path, name: str) -> Path:
+def write_report(folder: Path, report: Mapping[str, Any], markdown: str) -> None:
+    """Write `report.json` and `report.md`, each whole or not at all."""
+    _write(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    _write(folder / "report.md", markdown)
+
+
+def new_folder(root: Path, name: str, started: datetime) -> Path:
+    """A folder that was not there before, named by time and by what is in it."""
+    name = f"{started:%Y-%m-%dT%H-%M-%S}-{name}"
     root.mkdir(parents=True, exist_ok=True)
     for number in count(1):
         folder = root / (name if number == 1 else f"{name}-{number}")

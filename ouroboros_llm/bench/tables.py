@@ -60,10 +60,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts = [f"# {conditions['model']}, {conditions['prompts']}" + (" (partial)" if report["partial"] else "")]
     parts.append(conditions_line(conditions))
     for name, figures in _parts(report):
-        parts.append(f"## {name}\n\n" + _markdown_table(COLUMNS, cells(figures)))
-    parts.append("## Drafts\n\n" + _markdown_table(DRAFT_COLUMNS, _drafts(report["all"])))
+        parts.append(f"## {name}\n\n" + markdown_table(COLUMNS, cells(figures)))
+    parts.append("## Drafts\n\n" + markdown_table(DRAFT_COLUMNS, _drafts(report["all"])))
     if differences := list(_differences(report["all"])):
-        parts.append("## Answers that differ from plain\n\n" + _markdown_table(DIFFERENCE_COLUMNS, differences))
+        parts.append("## Answers that differ from plain\n\n" + markdown_table(DIFFERENCE_COLUMNS, differences))
     return "\n\n".join(parts) + "\n"
 
 
@@ -98,7 +98,7 @@ def _differences(figures: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             yield method, *places, "" if gap is None else f"{gap:.4f}"
 
 
-def _markdown_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def markdown_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 

@@ -17,15 +17,14 @@ TABLE_WIDTH = 120
 AT_LEAST_ONE = click.IntRange(min=1)
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @click.option("--model", default="smollm2-135m-instruct", show_default=True, help="Registry name, folder or hub id.")
 @click.option("--draft", help="A draft model, for `assisted` and for ours.")
 @click.option(
     "--prompts",
-    required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="JSON lines with `prompt`, `question`, `turns` (a conversation) or `messages`; Spec-Bench, MT-Bench, "
-    "HumanEval and GSM8K as they come.",
+    help="Required. JSON lines with `prompt`, `question`, `turns` (a conversation) or `messages`; Spec-Bench, "
+    "MT-Bench, HumanEval and GSM8K as they come.",
 )
 @click.option(
     "--methods",
@@ -61,6 +60,12 @@ def bench(as_json: bool, **options: Any) -> None:
     Methods alternate prompt by prompt, after a warm-up, and all counts come from token ids. Ctrl-C leaves a report of
     what was answered until then.
     """
+    context = click.get_current_context()
+    if context.invoked_subcommand is not None:
+        return
+    if options["prompts"] is None:
+        prompts = next(option for option in bench.params if option.name == "prompts")
+        raise click.MissingParameter(ctx=context, param=prompts)
     from ..bench.run import Settings, measure
 
     report = measure(
@@ -74,6 +79,51 @@ def bench(as_json: bool, **options: Any) -> None:
         _show(report)
     if report["partial"]:
         click.get_current_context().exit(INTERRUPTED)
+
+
+@bench.command()
+@click.option(
+    "--shapes",
+    default="all",
+    show_default=True,
+    metavar="NAME,...",
+    help="Random-weight models: of qwen2.5-coder-1.5b, llama-3.1-8b and qwen2.5-32b (all), where memory allows; tiny "
+    "ones show that everything runs.",
+)
+@click.option(
+    "--weights/--no-weights",
+    default=True,
+    help="Also answers of real weights, where they are on this machine. Nothing is fetched.",
+)
+@click.option(
+    "--prompts",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSON lines, as for `bench`, to ask real weights. Default: a few of its own.",
+)
+@click.option("--limit", type=AT_LEAST_ONE, help="Prompts at most.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--dtype", default="bfloat16", show_default=True, help="float32, bfloat16 or float16.")
+@click.option(
+    "--length", type=AT_LEAST_ONE, default=512, show_default=True, help="Tokens of text behind which passes are made."
+)
+@click.option("--repeats", type=AT_LEAST_ONE, default=20, show_default=True, help="Times that each pass is made.")
+@click.option("--tokens", type=AT_LEAST_ONE, default=64, show_default=True, help="Length of answers of random weights.")
+@click.option(
+    "--max-new-tokens", type=AT_LEAST_ONE, default=128, show_default=True, help="Length of answers of real weights."
+)
+@click.option("--results", type=click.Path(file_okay=False, path_type=Path), default=Path("results"), show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and nothing else on stdout.")
+def gpu(as_json: bool, **options: Any) -> None:
+    """Measure passes of a model's shape against the device's bandwidth.
+
+    By width, beside transformers' own; tokens per second without drafts; kernels, launches and host gaps of a round;
+    with real weights, tokens per second of every method.
+    """
+    from ..bench.gpu import Settings, measure
+    from ..bench.gpu_tables import markdown
+
+    report = measure(Settings(**options), lambda line: click.echo(line, err=True))
+    click.echo(json.dumps(report, indent=2, ensure_ascii=False) if as_json else markdown(report))
 
 
 def _show(report: dict[str, Any]) -> None:
