@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from databases import POSTGRES, administer, needs_postgres
+from hypothesis import settings
 from sqlalchemy import make_url
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -55,6 +56,10 @@ from ouroboros_storage import database, sqlite_file
 
 # Ctrl-C is ignored, here and in what tests start, where a shell has put the tests into the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long one example takes says more about the machine than about the code.
+settings.register_profile("no clock", deadline=None)
+settings.load_profile("no clock")
 
 # Tiny matrices: a second thread costs more than it brings.
 torch.set_num_threads(1)
