@@ -45,7 +45,7 @@ def rows(printed: str, first: str) -> list[list[str]]:
 def test_the_sql_agent_says_the_same_in_fewer_passes(tiny_folder: str, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     printed = run(
-        "langgraph_sql_agent.py", tiny_folder, "--tasks=2", "--max-tokens=40", "--compare", f"--json={report}"
+        "langgraph_sql_agent.py", tiny_folder, "--tasks=2", "--max-tokens=64", "--compare", f"--json={report}"
     )
     found: dict[str, Any] = json.loads(report.read_text())
     first, second, alone = (found["figures"][name] for name in ("run 1", "run 2", "plain"))
