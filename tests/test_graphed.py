@@ -26,6 +26,7 @@ from ouroboros_llm.target.graphed import Recordings
 from ouroboros_llm.target.in_place import InPlace, first_seen, reach_of
 from ouroboros_llm.target.pass_times import PassTimes
 from ouroboros_llm.target.prepared import prepare
+from ouroboros_llm.target.probe import Probe, probe_static
 from ouroboros_llm.target.static import StaticForward
 
 CPU = torch.device("cpu")
@@ -302,6 +303,13 @@ def test_layers_that_share_keys_are_left_to_the_library() -> None:
     attention.layer_number = None
     with pytest.raises(NotImplementedError, match="keys of another"):
         attention.attend(nodes, states, states, states, nodes.positions[0], None, None, None)
+
+
+def test_a_model_is_probed_by_recorded_passes_too() -> None:
+    """Whose logits are overwritten by the next."""
+    model = tiny_model()
+    found = probe_static(model, StaticForward(model, InPlace(by_address), Repeating()), Probe("tree", 9.0))
+    assert 0 < found.margin < 1e-3
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_mixed", "gpt_oss", "gpt2"])

@@ -49,7 +49,8 @@ class TargetModel(Protocol):
         """
 
     def verify(self, draft: DraftTree) -> torch.Tensor:
-        """One pass over `draft`, whose root follows the committed text; logits [width, vocabulary] after each node.
+        """One pass over `draft`, whose root follows the committed text; logits [width, vocabulary] after each node,
+        which are there until the model's next pass.
 
         Leaves all nodes pending and changes nothing that is committed.
         """

@@ -58,7 +58,7 @@ def put_float32_head(twin: PreTrainedModel) -> bool:
 def _accumulates(weight: torch.Tensor) -> bool:
     """Whether the device gives a half precision product as the float32 that it was summed up in."""
     try:
-        torch.mm(weight[:1], weight[:1].t(), out_dtype=torch.float32)
+        torch.mm(weight[:8], weight[:8].t(), out_dtype=torch.float32)
     except (TypeError, RuntimeError, NotImplementedError):  # torch before 2.8, a CPU
         return False
     return True

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..draft_tree import MAX_WIDTH
 from .attention import Placed
 from .clock import on
 
@@ -82,18 +83,18 @@ def _block(slot_bytes: int) -> int:
 
 
 def move_slots(buffers: Sequence[torch.Tensor], start: int, slots: Sequence[int]) -> None:
-    """Copy `slots` of every buffer [1, heads, capacity, size] to where `start` is, though source and destination
-    overlap; one launch for all buffers of a shape, and nothing is waited for."""
+    """Copy `slots`, no more than a draft has nodes, of every buffer [1, heads, capacity, size] to where `start` is,
+    though source and destination overlap; one launch for all buffers of a shape, and nothing is waited for."""
     alike: dict[tuple[torch.device, torch.Size], list[torch.Tensor]] = {}
     for buffer in buffers:
         alike.setdefault((buffer.device, buffer.shape), []).append(buffer)
     for (device, (_, heads, capacity, size)), group in alike.items():
-        numbers = torch.tensor([*slots, *(buffer.data_ptr() for buffer in group)], pin_memory=device.type == "cuda")
+        numbers = torch.tensor([*(buffer.data_ptr() for buffer in group), *slots], pin_memory=device.type == "cuda")
         numbers = numbers.to(device, non_blocking=True)
         with on(device):
             _move[len(group), heads](
-                numbers[len(slots) :], numbers, group[0], start, len(slots), capacity,
-                SIZE=size, SIZES=triton.next_power_of_2(size), MOVED=triton.next_power_of_2(len(slots)),
+                numbers, numbers[len(group) :], group[0], start, len(slots), capacity,
+                SIZE=size, SIZES=triton.next_power_of_2(size), MOVED=MAX_WIDTH,
             )  # fmt: skip
 
 
@@ -137,9 +138,8 @@ def _attend_parts(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     length, capacity = tl.load(length_ptr), tl.load(capacity_ptr)
     first = tl.load(first_ptr + node)
-    element = query_ptr.dtype.element_ty
-    keys_ptr = tl.load(buffers_ptr + 2 * layer).to(tl.pointer_type(element))
-    values_ptr = tl.load(buffers_ptr + 2 * layer + 1).to(tl.pointer_type(element))
+    keys_ptr = tl.load(buffers_ptr + 2 * layer).to(tl.pointer_type(key_ptr.dtype.element_ty))
+    values_ptr = tl.load(buffers_ptr + 2 * layer + 1).to(tl.pointer_type(value_ptr.dtype.element_ty))
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     found = tl.zeros([ROWS, VALUE_SIZES], tl.float32)

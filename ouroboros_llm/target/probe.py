@@ -135,7 +135,8 @@ def _errors(
         wide = drafted.verify(draft)[list(path)]
         # Committing a part of the path and stepping on shows whether what was dropped is really gone.
         drafted.keep(path[:2])
-        after = drafted.verify(DraftTree.root(draft.token_ids[path[2]]))
+        # Logits are there until the next pass.
+        after = drafted.verify(DraftTree.root(draft.token_ids[path[2]])).clone()
     except FAILURES:
         return float("inf"), 0.0, 0.0
     alone = torch.cat(_step_by_step(plain, [draft.token_ids[node] for node in path]))
@@ -200,7 +201,7 @@ def _step_by_step(start: Callable[[], EagerTarget], token_ids: list[int]) -> lis
     target = _read(start)
     logits = []
     for token_id in token_ids:
-        logits.append(target.verify(DraftTree.root(token_id)))
+        logits.append(target.verify(DraftTree.root(token_id)).clone())
         target.keep((0,))
     return logits
 
