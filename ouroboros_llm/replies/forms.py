@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -80,7 +81,7 @@ def _calls(format: ReplyFormat, tools: Sequence[Mapping[str, Any]], begun: str =
         Grammar.json_schema(_parameters(function), before=before + function["name"] + between, after=after)
         for function in functions
     ]
-    return Grammar.any_of(calls, before=begun)
+    return Grammar.any_of(calls, before=begun) if len(calls) > 1 else replace(calls[0], before=begun + calls[0].before)
 
 
 def _object(function: Mapping[str, Any], name: str, arguments: str) -> dict[str, Any]:
