@@ -158,6 +158,12 @@ class Ouroboros:
         return ouroboros
 
     @property
+    def model_fingerprint(self) -> str:
+        """Tells models apart whose choices differ: a hash of the architecture and of a sample of the weights, and their
+        precision. Opaque."""
+        return f"{self._prepared.fingerprint}-{self.model.dtype}".replace("torch.", "")
+
+    @property
     def context_length(self) -> int | None:
         """Tokens of prompt and output together at most; None where the model names no limit."""
         return self._prepared.context_length

@@ -18,6 +18,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel, Field
 from speaker import HERMES, THINKING
 from test_langchain_tools import PLAIN, SEARCH, Joke, Weather, add
+from test_reply_templates import LAX_CALLS
 
 from langchain_ouroboros import ChatOuroboros
 from ouroboros_llm import DecodingOptions, OptionError, Ouroboros
@@ -102,6 +103,44 @@ async def test_structured_output_fits(model: ChatOuroboros, schema: Any, method:
             assert isinstance(answer["parsed"], schema)
         else:
             assert set(answer["parsed"]) <= {"setup", "punchline", "query"}
+
+
+class Free(BaseModel):
+    """Numbers of any size."""
+
+    x: float
+    y: float | None = None
+
+
+def test_numbers_without_bounds_can_be_read(model: ChatOuroboros) -> None:
+    forced = model.bind_tools([Free], tool_choice="any")
+    for seed in range(6):
+        (call,) = forced.invoke("hi", seed=seed, temperature=1.5).tool_calls
+        assert abs(Free(**call["args"]).x) <= 1e18
+
+
+@pytest.mark.parametrize("stop", ["\n", ",", '"'])
+def test_stop_strings_do_not_cut_what_has_a_form(model: ChatOuroboros, stop: str) -> None:
+    (call,) = model.bind_tools([add], tool_choice="any", stop=[stop]).invoke("hi").tool_calls
+    assert set(call["args"]) == {"a", "b"}
+    assert set(model.bind(stop=[stop]).invoke("hi", response_format=Tree).text) & {"{"}
+
+
+def test_schemas_as_other_providers_take_them(model: ChatOuroboros) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]}
+    for given in (schema, {"name": "f", "schema": schema, "strict": True}):
+        assert model.with_structured_output(given).invoke("hi") == {"a": 1}
+    with pytest.raises(OptionError, match="schema must be a JSON Schema"):
+        model.with_structured_output({"title": "f", "description": "says nothing"}).invoke("hi")
+
+
+def test_calls_are_read_whatever_the_tokenizer_says_of_other_replies() -> None:
+    with ouroboros_of(HERMES) as ouroboros:
+        ouroboros.tokenizer.response_template = LAX_CALLS
+        model = ChatOuroboros(ouroboros=ouroboros, max_tokens=160)
+        (call,) = model.bind_tools([add], tool_choice="any").invoke("hi").tool_calls
+        assert call["name"] == "add"
+        assert isinstance(model.with_structured_output(Tree, method="function_calling").invoke("hi"), Tree)
 
 
 def test_json_mode_says_an_object(model: ChatOuroboros) -> None:

@@ -23,7 +23,7 @@ from speaker import HERMES, THINKING, Speaker, call
 from typing_extensions import TypedDict
 
 from langchain_ouroboros import ChatOuroboros
-from ouroboros_llm import OptionError, Ouroboros
+from ouroboros_llm import OptionError, Ouroboros, PromptError
 from ouroboros_llm.replies import forms
 
 
@@ -151,6 +151,17 @@ def test_wrong_tools() -> None:
         model.invoke("hi", response_format={"type": "yaml"})
     with pytest.raises(OptionError, match="takes no argument 'functions'"):
         model.bind_tools([add], functions=1).invoke("hi")
+
+
+def test_a_template_that_only_names_tools_gets_them_in_words() -> None:
+    model, speaker = chat("fine")
+    speaker.tokenizer.chat_template = PLAIN.replace(
+        "<|{{", "{% if 'tools' in message %}{{ message['tools'] }}{% endif %}<|{{"
+    )
+    model.bind_tools([add]).invoke([("system", "Be good."), ("human", "1 + 2?")])
+    assert '"name": "add"' in speaker.prompt()
+    with pytest.raises(PromptError, match="at least one message"):
+        model.bind_tools([add]).invoke([])
 
 
 def test_a_template_without_tools_gets_them_in_words() -> None:

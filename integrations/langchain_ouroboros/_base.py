@@ -221,7 +221,8 @@ class OuroborosFields(BaseLanguageModel[Any]):
     def _options(self, stop: list[str] | None, **form: Any) -> DecodingOptions:
         """`form`: options that give the reply a form."""
         options = {name: getattr(self, name) for name in SAMPLING}
-        limit, stops = options.pop("max_tokens"), tuple(self._stop(stop) or ())
+        # A reply that is kept to a form ends by itself; a stop string in its middle would break it.
+        limit, stops = options.pop("max_tokens"), () if form.get("grammar") else tuple(self._stop(stop) or ())
         with _our_names():
             return DecodingOptions(
                 max_new_tokens=limit,
@@ -284,6 +285,8 @@ class OuroborosFields(BaseLanguageModel[Any]):
         params = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
         if self.dtype != "auto":
             params["dtype"] = str(self.dtype)
+        if self.ouroboros is not None:  # weights may have changed since they got their name
+            params["weights"] = str(getattr(self.ouroboros, "model_fingerprint", None))
         return {"model": self.model, **params, "stop": self._stop(None)}
 
     @override

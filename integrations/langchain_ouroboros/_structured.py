@@ -14,7 +14,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 
 from ouroboros_llm import OptionError
 
-from ._tools import schema_of
+from ._tools import name_of, schema_of
 
 Method = Literal["json_schema", "function_calling", "json_mode"]
 
@@ -35,7 +35,7 @@ def structured(
     if method == "json_mode":
         asking = model.bind(response_format={"type": "json_object"}, **(traced if schema is not None else {}))
     else:
-        named: dict[str, Any] = {"name": convert_to_openai_tool(schema)["function"]["name"]}
+        named: dict[str, Any] = {"name": name_of(schema)}
         named |= {"schema": schema_of(schema)} | ({} if strict is None else {"strict": strict})
         asking = model.bind(response_format={"type": "json_schema", "json_schema": named}, **traced)
     return _with_raw(asking, _text_parser(schema), include_raw)

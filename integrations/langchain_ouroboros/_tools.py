@@ -9,6 +9,7 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from pydantic import BaseModel
 
+from ouroboros_llm import OptionError
 from ouroboros_llm.replies.asked import Asked, asked_of, distinct
 
 AnyTool = Mapping[str, Any] | type | Callable[..., Any] | BaseTool
@@ -19,14 +20,37 @@ def asked(settings: Mapping[str, Any]) -> Asked:
     return asked_of(settings, openai_tools(settings.get("tools") or ()), schema_of)
 
 
+_SAYS_SOMETHING = {"type", "properties", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
+"""Keywords of which a schema that says anything has one."""
+
+
 def openai_tools(tools: Sequence[AnyTool], strict: bool | None = None) -> tuple[dict[str, Any], ...]:
     """Tools in OpenAI's form; of several with one name the first counts. Raises OptionError where one has no name."""
     return distinct([_with_recursion(tool, convert_to_openai_tool(tool, strict=strict)) for tool in tools])
 
 
 def schema_of(kind: Any) -> dict[str, Any]:
-    """The JSON Schema of a Pydantic class, TypedDict, tool or schema."""
-    return _recursive_schema(kind) or convert_to_json_schema(kind)
+    """The JSON Schema of a Pydantic class, TypedDict, tool or schema, also of one in OpenAI's `{"name", "schema"}`.
+
+    Raises:
+        OptionError: a mapping that says nothing of what replies look like.
+    """
+    if isinstance(kind, Mapping) and isinstance(kind.get("schema"), Mapping):
+        kind = kind["schema"]
+    if isinstance(kind, Mapping) and _SAYS_SOMETHING & kind.keys() and "name" not in kind and "function" not in kind:
+        return dict(kind)
+    found = _recursive_schema(kind) or convert_to_json_schema(kind)
+    if not _SAYS_SOMETHING & found.keys():
+        raise OptionError(f"schema must be a JSON Schema, a class or a tool, but got {kind!r:.200}")
+    return found
+
+
+def name_of(kind: Any) -> str:
+    """What a schema calls itself."""
+    if isinstance(kind, Mapping):
+        named = kind.get("function", kind)
+        return str(named.get("name") or named.get("title") or "response")
+    return str(convert_to_openai_tool(kind)["function"]["name"])
 
 
 def _with_recursion(tool: AnyTool, converted: dict[str, Any]) -> dict[str, Any]:

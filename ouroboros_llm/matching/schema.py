@@ -16,6 +16,9 @@ _LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "contains", "not", "if", "then", "else", "propertyNames")
 _COMBINED = ("anyOf", "oneOf", "allOf", "$ref")
 
+_LARGEST = 10**18
+"""Numbers without bounds are written with so many digits at most, and without exponents."""
+
 _HARMLESS = {
     "type",
     "title",
@@ -96,6 +99,16 @@ def _narrow(schema: dict[str, Any], bound: str, including: str, others: tuple[st
         schema[including] = edge + span / 1024
 
 
+def _bound(schema: dict[str, Any]) -> None:
+    """Keep numbers within what every reader can hold: unbounded ones might be written as 9E+5115, which is infinite."""
+    kinds = schema.get("type")
+    if "number" not in (kinds if isinstance(kinds, list) else [kinds]) or {"const", "enum"} & set(schema):
+        return
+    for sign, names in ((-1, ("minimum", "exclusiveMinimum")), (1, ("maximum", "exclusiveMaximum"))):
+        if not any(_is_number(schema.get(name)) for name in names):
+            schema[names[0]] = sign * _LARGEST
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -122,6 +135,7 @@ def _copied(schema: Schema, closing: bool) -> Schema:
             copy[keyword][name] = _copied(inner, closing)
     if "format" in copy and copy["format"] not in _FORMATS:
         del copy["format"]
+    _bound(copy)
     _narrow(copy, "exclusiveMinimum", "minimum", ("maximum", "exclusiveMaximum"))
     _narrow(copy, "exclusiveMaximum", "maximum", ("minimum", "exclusiveMinimum"))
     properties = copy.get("properties")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from ..errors import PromptError
 from ..statistics import Piece
 from . import forms
 from .asked import Asked
@@ -26,6 +27,8 @@ ToDicts = Callable[[ArgumentsForm | None], list[dict[str, Any]]]
 def prompt_of(to_dicts: ToDicts, asked: Asked, habits: Habits) -> list[dict[str, Any]]:
     """The messages as the chat template gets them, with what it has no place for in words."""
     dicts = to_dicts(habits.form)
+    if not dicts:
+        raise PromptError("prompt must hold at least one message, but there are none")
     if habits.form is None:
         dicts = with_calls_in_words(dicts, habits.format)
     if asked.tools and not habits.takes_tools:

@@ -48,7 +48,8 @@ class ReplyFormat:
             prompt: the prompt with its special tokens, or its end: the chat template may have begun the reply.
             ids: of the calls in the conversation so far, which no call of this reply gets.
         """
-        if self.response_template is not None:
+        # What is nothing but calls follows `frame`, whatever the template says of other replies.
+        if self.response_template is not None and not self.bare:
             return TemplateStream(self.response_template, tools, prompt=prompt, ids=ids)
         return ReplyStream(self.sections, tools, bare=self.bare, prompt=prompt, ids=ids)
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .families import format_of
 from .formats import ReplyFormat
-from .templates import ArgumentsForm, arguments_form
+from .templates import ArgumentsForm, arguments_form, takes_tools
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ def habits_of(ouroboros: Any) -> Habits:
     template = tokenizer.chat_template or ""
     known, habits = _habits.get(tokenizer, (None, Habits()))
     if known != template:
-        texts = template if isinstance(template, str) else "\n".join(template.values())
-        habits = Habits(format_of(tokenizer), arguments_form(tokenizer), "tools" in texts)
+        habits = Habits(format_of(tokenizer), arguments_form(tokenizer), takes_tools(tokenizer))
         _habits[tokenizer] = template, habits
     return habits

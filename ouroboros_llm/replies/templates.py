@@ -30,6 +30,24 @@ def arguments_form(tokenizer: PreTrainedTokenizerBase) -> ArgumentsForm | None:
     return "text" if _PROBE_TEXT in as_text and _PROBE_TEXT not in as_object else "object"
 
 
+def takes_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes down the tools that are offered; found out by rendering one."""
+    if not tokenizer.chat_template:
+        return False
+    function = {"name": "probe_tool", "description": "", "parameters": {"type": "object", "properties": {}}}
+    tools: list[Any] = [{"type": "function", "function": function}]
+    for messages in (
+        [{"role": "user", "content": "question"}],
+        [{"role": "system", "content": "instructions"}, {"role": "user", "content": "question"}],
+    ):
+        try:
+            if "probe_tool" in str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)):
+                return True
+        except Exception:  # a template may raise anything
+            continue
+    return False
+
+
 def _rendered(tokenizer: PreTrainedTokenizerBase, arguments: Any) -> str:
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": "question"},
