@@ -270,8 +270,9 @@ class Ouroboros:
         ]
         others = [name for name in check_scopes(write_scopes, "write_scopes") if name != session.scope]
         also = [open_pool(self.store, name, self.fingerprint) for name in dict.fromkeys(others)]
-        if not session.recalled:  # what was written to before holds answers, and gets no documents
-            self._check_writable({session.scope: write, **dict(zip(dict.fromkeys(others), also, strict=True))})
+        # What the scope's own turns wrote to before holds answers, and gets no documents.
+        own = {} if session.recalled else {session.scope: write}
+        self._check_writable({**own, **dict(zip(dict.fromkeys(others), also, strict=True))})
         corpora = [self._corpora.open(name) for name in check_scopes(corpus_scopes, "corpus_scopes")]
         cancelled = threading.Event()
         prefixes = check_scopes(prefix_scopes, "prefix_scopes")

@@ -113,7 +113,11 @@ def test_a_scope_holds_documents_or_answers(ouroboros: Ouroboros) -> None:
         ouroboros.index_documents(TEXTS, scope="conversation:1")
     if isinstance(ouroboros.store, PhraseStore):
         ouroboros.index_documents(TEXTS, scope=SCOPE)
-        for settings in ({"scope": SCOPE}, {"scope": "conversation:5", "write_scopes": [SCOPE]}):
+        for settings in (
+            {"scope": SCOPE},
+            {"scope": "conversation:5", "write_scopes": [SCOPE]},
+            {"scope": "conversation:1", "write_scopes": [SCOPE]},
+        ):
             with pytest.raises(OptionError, match=f"{SCOPE}' holds documents, which are only read"):
                 ouroboros.generate(PROMPT, options=OPTIONS, **settings)  # type: ignore[arg-type]
 

@@ -20,7 +20,7 @@ from sqlalchemy import StaticPool, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import OperationalError
 
 from ouroboros_llm.errors import MissingExtraError, OptionError, StoreError
-from ouroboros_llm.phrases import ANSWER, Phrase, PoolSource
+from ouroboros_llm.phrases import ANSWER, Phrase, PoolSource, run_key
 from ouroboros_storage import PhraseStore, StoredRun, StoredScope, database, migrations, sqlite_file
 from ouroboros_storage.buffer import Buffer
 from ouroboros_storage.migrations import MIGRATIONS
@@ -327,6 +327,22 @@ def test_a_scope_deleted_elsewhere_is_forgotten_when_it_is_opened_again(any_url:
         assert pool.match([50, 51]) == [Phrase((52,), 2)]
         ours.flush()
         assert [run.token_ids for run in theirs.export("a")] == [(50, 51, 52), (7, 8, 9)]
+
+
+@pytest.mark.parametrize("how", ["delete", "take_out"])
+def test_what_is_deleted_elsewhere_after_the_first_flush_is_forgotten(any_url: str, how: str) -> None:
+    run = list(range(20))
+    with PhraseStore(any_url) as first, PhraseStore(any_url) as second:
+        pool = first.open("corpus:x", fingerprint="f")  # before there is anything to read
+        pool.add(run, answer=False)
+        pool.remember({"document/1": b"{}"})
+        first.flush()
+        if how == "delete":
+            second.delete("corpus:x")
+        else:
+            second.take_out("corpus:x", fingerprint="f", runs=[run_key(run)], notes=["document/1"])
+        pool = first.open("corpus:x", fingerprint="f")
+        assert pool.match(run[:5]) == [] and pool.recall("") == {}
 
 
 def test_a_scope_deleted_elsewhere_is_forgotten_when_it_is_flushed(any_url: str) -> None:

@@ -32,6 +32,8 @@ class StoredPool:
         """Tokens kept in memory at most."""
         self.mark: Mark | None = None
         """How far the scope had come when it was read; None where it had no row."""
+        self.origin: tuple[int, int] | None = None
+        """Of the row that it was read from or flushed to: what is of another one was deleted or pruned meanwhile."""
         self.newest_read = 0
         """The highest id of the scope's runs then."""
         self.notes_read = False
@@ -83,8 +85,7 @@ class StoredPool:
 
     def is_behind(self, mark: Mark | None) -> bool:
         """Whether there is something to read. Where the scope was deleted or pruned elsewhere, all is forgotten."""
-        known = self.mark
-        if known is not None and (mark is None or _origin(mark) != _origin(known)):
+        if self.origin is not None and (mark is None or _origin(mark) != self.origin):
             self.forget()
         return mark is not None and mark != self.mark
 
@@ -92,7 +93,7 @@ class StoredPool:
         """Take in rows, the latest used first, but not what this pool flushed. `newest` is the highest id there was."""
         news = [run for run in reversed(found) if run.hash not in self._flushed]
         self._memory.add_all(Run(run.token_ids, run.count, run.answer) for run in news)
-        self.newest_read, self.mark = newest, mark
+        self.newest_read, self.mark, self.origin = newest, mark, _origin(mark)
         self._flushed.clear()
 
     def load_pending(self, found: Iterable[tuple[bytes, PendingRun]]) -> None:
@@ -106,8 +107,9 @@ class StoredPool:
 
     def mark_flushed(self, found: Iterable[bytes], mark: Mark) -> None:
         """These runs are rows of the scope now, and no news."""
-        if self.mark is not None and _origin(mark) != _origin(self.mark):
+        if self.origin is not None and _origin(mark) != self.origin:
             self.forget()
+        self.origin = _origin(mark)
         # What was added before the pool had to start anew is not in memory: to this pool it is news.
         self._flushed.update(content_hash(data) for data in found if self._memory.holds(decode(data)))
         if self.mark is not None and mark.follows(self.mark):
@@ -120,7 +122,7 @@ class StoredPool:
 
     def leave_file(self) -> None:
         """The database is another one now, with nothing of this scope; what is in memory stays."""
-        self.mark, self.newest_read = None, 0
+        self.mark, self.origin, self.newest_read = None, None, 0
         self._flushed.clear()
 
     def forget(self) -> None:
@@ -128,7 +130,7 @@ class StoredPool:
         self._memory = MemoryPool(self.capacity)
         self.generation, self.notes_read = object(), False
         self._flushed.clear()
-        self.mark, self.newest_read = None, 0
+        self.mark, self.origin, self.newest_read = None, None, 0
 
 
 def _origin(mark: Mark) -> tuple[int, int]:
