@@ -24,7 +24,7 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 
 from ouroboros_llm import DecodingOptions, OptionError, Ouroboros
 from ouroboros_llm.defaults import DEFAULT_STORE, default_model, shared
-from ouroboros_llm.ouroboros import DEFAULT_MAX_NEW_TOKENS, DEFAULT_SCOPE
+from ouroboros_llm.ouroboros import DEFAULT_MAX_NEW_TOKENS
 from ouroboros_llm.replies.asked import REPLY_SETTINGS
 from ouroboros_llm.scopes import corpus_of, current_scope
 
@@ -190,9 +190,7 @@ class ConfiguredLLM(FunctionCallingLLM):
 
     def scopes(self, call: Mapping[str, Any]) -> dict[str, Any]:
         """Scopes of one call, where it is made: its own keyword, `ouroboros_scope`, the field, the tags around it."""
-        # Settled here: a stream is read in who knows what surroundings.
-        named = (call.get("scope"), current_scope(), self.scope, tagged_scope())
-        scope = next(filter(None, named), DEFAULT_SCOPE)
+        scope = next(filter(None, (call.get("scope"), current_scope(), self.scope, tagged_scope())), None)
         read = self.read_scopes if call.get("read_scopes") is None else call["read_scopes"]
         corpus = call.get("corpus_scope") or self.corpus_scope
         return {"scope": scope, "read_scopes": read} | ({"corpus_scopes": [corpus_of(corpus)]} if corpus else {})
