@@ -28,7 +28,7 @@ def prompt_of(to_dicts: ToDicts, asked: Asked, habits: Habits) -> list[dict[str,
     """The messages as the chat template gets them, with what it has no place for in words."""
     dicts = to_dicts(habits.form)
     if not dicts:
-        raise PromptError("prompt must hold at least one message, but there are none")
+        raise PromptError("prompt is empty; it must hold at least one message")
     if habits.form is None:
         dicts = with_calls_in_words(dicts, habits.format)
     if asked.tools and not habits.takes_tools:
