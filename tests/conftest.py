@@ -52,6 +52,7 @@ from ouroboros_llm.drafting.memory import Memory, sources
 from ouroboros_llm.drafting.worth import Worth
 from ouroboros_llm.target import prepared
 from ouroboros_llm.target.eager import EagerTarget
+from ouroboros_llm.target.packing import Packer
 from ouroboros_storage import database, sqlite_file
 
 # Ctrl-C is ignored, here and in what tests start, where a shell has put the tests into the background.
@@ -67,12 +68,13 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def no_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How wide drafts are, whether they pay and which way of running is faster depends on measured times, which may say
-    anything on a busy machine: here they are given, but for tests with the mark `clock`."""
+    """How wide drafts are, whether they pay, which passes are made in one and which way of running is faster depends on
+    measured times, which may say anything on a busy machine: here they are given, but for tests marked `clock`."""
     if request.node.get_closest_marker("clock") is None:
         monkeypatch.setattr(EagerTarget, "cost", lambda _, width: 1 + 0.02 * (width - 1))
         monkeypatch.setattr(Worth, "pays", lambda *_: True)
         monkeypatch.setattr(prepared, "_wins", lambda *_: False)
+        monkeypatch.setattr(Packer, "_chosen", lambda _, wanted: wanted[:1])
 
 
 CHAT_TEMPLATE = (
