@@ -168,7 +168,8 @@ def test_a_template_without_tools_gets_them_in_words() -> None:
     model, speaker = chat('{"name": "add", "arguments": {"a": 1, "b": 2}}', "3", template=PLAIN)
     bound = model.bind_tools([add])
     messages: list[Any] = [SystemMessage("Be brief."), HumanMessage("1 + 2?")]
-    messages += [answer := bound.invoke(messages), ToolMessage("3", tool_call_id="call00000")]
+    answer = bound.invoke(messages)
+    messages += [answer, ToolMessage("3", tool_call_id=answer.tool_calls[0]["id"])]
     assert [(one["name"], one["args"]) for one in answer.tool_calls] == [("add", {"a": 1, "b": 2})]
     assert bound.invoke(messages).content == "3"
     first, second = speaker.calls
@@ -195,11 +196,13 @@ async def test_calls_are_the_same_however_they_come(cut: int) -> None:
     chunks: list[Any] = list(bound.stream("hi"))
     totals = [sum(chunks[1:], chunks[0]), bound.invoke("hi"), await bound.ainvoke("hi")]
     achunks: list[Any] = [chunk async for chunk in bound.astream("hi")]
+    first, second = (call["id"] for call in totals[0].tool_calls)
+    assert first != second and all(id.isalnum() and len(id) == 9 for id in (first, second))
     for message in [*totals, sum(achunks[1:], achunks[0])]:
         assert message.content == "Let me add."
         assert message.tool_calls == [
-            {"name": "add", "args": {"a": 1, "b": 2}, "id": "call00000", "type": "tool_call"},
-            {"name": "search", "args": {"query": "größe"}, "id": "call00001", "type": "tool_call"},
+            {"name": "add", "args": {"a": 1, "b": 2}, "id": first, "type": "tool_call"},
+            {"name": "search", "args": {"query": "größe"}, "id": second, "type": "tool_call"},
         ]
         assert message.invalid_tool_calls == []
         assert message.response_metadata["finish_reason"] == "tool_calls"
@@ -214,7 +217,8 @@ def test_chunks_follow_the_rules_of_streams() -> None:
     assert not any(chunk.usage_metadata or chunk.response_metadata for chunk in chunks[:-1])
     parts = [part for chunk in chunks for part in chunk.tool_call_chunks]
     assert len(parts) > 3, "arguments come while they are said"
-    assert [(part["name"], part["id"]) for part in parts] == [("add", "call00000")] + [(None, None)] * (len(parts) - 1)
+    assert parts[0]["name"] == "add" and parts[0]["id"]
+    assert all(part["name"] is part["id"] is None for part in parts[1:])
     assert {part["index"] for part in parts} == {0}
     assert json.loads("".join(part["args"] or "" for part in parts)) == {"a": 1, "b": 2}
 
@@ -228,7 +232,7 @@ async def test_calls_that_are_none_are_kept_as_such(arguments: str) -> None:
     message = await bound.ainvoke("hi")
     assert message.tool_calls == []
     (invalid,) = message.invalid_tool_calls
-    assert (invalid["name"], invalid["id"]) == ("add", "call00000")
+    assert invalid["name"] == "add" and invalid["id"]
     assert invalid["error"]
     assert (invalid["args"] or "").startswith(arguments[:8])
     assert message.response_metadata["finish_reason"] == "length"
@@ -276,22 +280,42 @@ def test_special_tokens_that_are_markers_are_asked_for() -> None:
 # --- conversations with calls ---
 
 
-def test_calls_of_earlier_turns_are_in_the_prompt_and_ids_count_on() -> None:
+def test_calls_of_earlier_turns_are_in_the_prompt_and_ids_are_new() -> None:
     model, speaker = chat(ADDED)
     bound = model.bind_tools([add])
     messages: list[Any] = [HumanMessage("hi")]
     for _ in range(3):
         answer = bound.invoke(messages)
         messages += [answer, ToolMessage("3", tool_call_id=answer.tool_calls[0]["id"])]
-    assert [message.tool_calls[0]["id"] for message in messages[1::2]] == ["call00000", "call00001", "call00002"]
-    assert bound.invoke(messages).tool_calls[0]["id"] == "call00003"
+    given = [message.tool_calls[0]["id"] for message in messages[1::2]]
+    assert len({*given, bound.invoke(messages).tool_calls[0]["id"]}) == 4
     assert speaker.prompt().count('<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>') == 3
     assert speaker.calls[-1]["prompt"][2] == {
         "role": "tool",
         "content": "3",
         "name": "add",
-        "tool_call_id": "call00000",
+        "tool_call_id": given[0],
     }
+
+
+def test_ids_are_new_where_the_model_sees_the_end_of_a_conversation_only() -> None:
+    model, _ = chat(ADDED)
+    bound = model.bind_tools([add])
+
+    def id_of(*messages: Any) -> str | None:
+        return bound.invoke(list(messages)).tool_calls[0]["id"]
+
+    assert id_of(HumanMessage("hi")) != id_of(HumanMessage("ho"))
+    # A graph names its messages, so that the same words at another place are another question.
+    assert id_of(HumanMessage("hi", id="1")) != id_of(HumanMessage("hi", id="2"))
+    assert id_of(HumanMessage("hi")) == id_of(HumanMessage("hi"))
+
+
+def test_samples_of_one_prompt_have_ids_of_their_own() -> None:
+    model, _ = chat(ADDED)
+    sampled, seeded = (model.bind_tools([add]).bind(temperature=1.0, seed=seed) for seed in (None, 3))
+    assert sampled.invoke("hi").tool_calls[0]["id"] != sampled.invoke("hi").tool_calls[0]["id"]
+    assert seeded.invoke("hi").tool_calls[0]["id"] == seeded.invoke("hi").tool_calls[0]["id"]
 
 
 def test_arguments_are_text_for_a_template_that_wants_text() -> None:

@@ -210,12 +210,14 @@ class TestReplies:
             await llm.achat_with_tools([ADD, SEARCH], **given),
             [response async for response in await llm.astream_chat_with_tools([ADD, SEARCH], **given)][-1],
         ]
+        first, second = (call.tool_id for call in llm.get_tool_calls_from_response(responses[0]))
+        assert first != second
         for response in responses:
             assert [block.block_type for block in response.message.blocks] == ["text", "tool_call", "tool_call"]
             assert response.message.content == "Let me add."
             assert llm.get_tool_calls_from_response(response) == [
-                ToolSelection(tool_id="call00000", tool_name="add", tool_kwargs={"a": 1, "b": 2}),
-                ToolSelection(tool_id="call00001", tool_name="search", tool_kwargs={"query": "größe"}),
+                ToolSelection(tool_id=first, tool_name="add", tool_kwargs={"a": 1, "b": 2}),
+                ToolSelection(tool_id=second, tool_name="search", tool_kwargs={"query": "größe"}),
             ]
             assert response.raw["finish_reason"] == "tool_calls"
             assert json.loads(json.dumps(response.raw)) == response.raw
@@ -271,13 +273,15 @@ class TestReplies:
         llm.chat([ChatMessage("hi"), message, ChatMessage("ho")])
         assert "<think>Hm. Well.</think>Yes." in speaker.prompt()
 
-    def test_ids_count_on_through_the_conversation(self) -> None:
+    def test_ids_are_new_in_the_conversation(self) -> None:
         llm, speaker = asking(ADDED)
-        messages = [ChatMessage("hi")]
+        messages, given = [ChatMessage("hi")], set[str | None]()
         for number in range(3):
             answer = llm.chat_with_tools([ADD], chat_history=messages).message
             (block,) = answer.blocks
-            assert isinstance(block, ToolCallBlock) and block.tool_call_id == f"call0000{number}"
+            assert isinstance(block, ToolCallBlock)
+            given.add(block.tool_call_id)
+            assert len(given) == number + 1
             result = ChatMessage("3", role="tool", additional_kwargs={"tool_call_id": block.tool_call_id})
             messages += [answer, result]
         llm.chat(messages)

@@ -28,6 +28,7 @@ from ouroboros_llm.replies import (
     reply_of,
     spoiled,
 )
+from ouroboros_llm.replies.call_writer import call_id
 from ouroboros_llm.text import Transcript
 
 SQL = {
@@ -49,7 +50,7 @@ SQL = {
 }
 NOW = {"name": "now"}
 TOOLS: list[dict[str, Any]] = [SQL, NOW]
-QUERY = ToolCall("sql", {"query": "SELECT 1", "limit": 5}, "call00000")
+QUERY = ToolCall("sql", {"query": "SELECT 1", "limit": 5}, call_id("", 0))
 HERMES = "{% if tools %}<tools>...{% endif %}<tool_call>{...}</tool_call>"
 
 
@@ -110,7 +111,7 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 _JSON = '{"name": "sql", "arguments": {"query": "SELECT 1", "limit": 5}}'
-_TWO = (QUERY, ToolCall("now", {}, "call00001"))
+_TWO = (QUERY, ToolCall("now", {}, call_id("", 1)))
 EXAMPLES: list[tuple[str, str, Reply]] = [
     ("hermes", f"<tool_call>\n{_JSON}\n</tool_call>", Reply(tool_calls=(QUERY,))),
     (
@@ -134,7 +135,7 @@ EXAMPLES: list[tuple[str, str, Reply]] = [
     (
         "qwen3_coder",
         "Now.\n<function=sql>\n<parameter=query>\nif a < b:\n    </tool_call>\n</parameter>\n</function>\n</tool_call>",
-        Reply("Now.", tool_calls=(ToolCall("sql", {"query": "if a < b:\n    </tool_call>"}, "call00000"),)),
+        Reply("Now.", tool_calls=(ToolCall("sql", {"query": "if a < b:\n    </tool_call>"}, call_id("", 0)),)),
     ),
     (
         "qwen3_coder",
@@ -144,7 +145,7 @@ EXAMPLES: list[tuple[str, str, Reply]] = [
         Reply(
             tool_calls=(
                 ToolCall(
-                    "sql", {"strict": True, "tags": "['a']", "limit": '["a"]', "share": 3, "other": "1"}, "call00000"
+                    "sql", {"strict": True, "tags": "['a']", "limit": '["a"]', "share": 3, "other": "1"}, call_id("", 0)
                 ),
             )
         ),
@@ -155,7 +156,7 @@ EXAMPLES: list[tuple[str, str, Reply]] = [
         "<arg_value>5</arg_value>\n</tool_call>",
         Reply(tool_calls=(QUERY,)),
     ),
-    ("hermes", "<tool_call>now</tool_call>", Reply(tool_calls=(ToolCall("now", {}, "call00000"),))),
+    ("hermes", "<tool_call>now</tool_call>", Reply(tool_calls=(ToolCall("now", {}, call_id("", 0)),))),
     ("llama3", f"<|python_tag|>{_JSON.replace('arguments', 'parameters')}", Reply(tool_calls=(QUERY,))),
     ("llama3", _JSON.replace("arguments", "parameters"), Reply(tool_calls=(QUERY,))),
     ("llama3", f'<|python_tag|>{_JSON}; {{"name": "now", "parameters": {{}}}}', Reply(tool_calls=_TWO)),
@@ -164,7 +165,7 @@ EXAMPLES: list[tuple[str, str, Reply]] = [
     (
         "mistral",
         '[TOOL_CALLS][{"name": "now", "arguments": {}, "id": "Ab3dE6gH9"}, {"name": "now", "arguments": {}}]',
-        Reply(tool_calls=(ToolCall("now", {}, "Ab3dE6gH9"), ToolCall("now", {}, "call00000"))),
+        Reply(tool_calls=(ToolCall("now", {}, "Ab3dE6gH9"), ToolCall("now", {}, call_id("", 0)))),
     ),
     ("mistral", '[TOOL_CALLS]sql[ARGS]{"query": "SELECT 1", "limit": 5}[TOOL_CALLS]now{}', Reply(tool_calls=_TWO)),
     (
@@ -206,7 +207,7 @@ EXAMPLES: list[tuple[str, str, Reply]] = [
         "gemma4",
         "<|channel>thought\nHm.<channel|>"
         '<|tool_call>call:sql{limit:5,query:<|"|>SELECT a:1, "b" {c:2}<|"|>}<tool_call|>',
-        Reply("", "Hm.", (ToolCall("sql", {"limit": 5, "query": 'SELECT a:1, "b" {c:2}'}, "call00000"),)),
+        Reply("", "Hm.", (ToolCall("sql", {"limit": 5, "query": 'SELECT a:1, "b" {c:2}'}, call_id("", 0)),)),
     ),
     (
         "command_r",
@@ -354,7 +355,7 @@ def test_calls_that_cannot_be_made_keep_their_text(text: str, name: str | None, 
         reply = reply_of(deltas_of(hermes(), pieces))
         assert (reply.content, reply.tool_calls) == ("", ())
         (call,) = reply.invalid_tool_calls
-        assert call.name == name and call.error and call.id == "call00000"
+        assert call.name == name and call.error and call.id == call_id("", 0)
         assert call.arguments == (call.arguments if arguments is None else arguments)
         assert call.arguments in text
 
@@ -388,7 +389,7 @@ def test_small_liberties_are_taken(body: str, arguments: dict[str, Any]) -> None
     text = f"<tool_call>\n{body}\n</tool_call>"
     for pieces in ([text], list(text)):
         deltas = deltas_of(hermes(), pieces)
-        call = ToolCall("sql" if '"sql"' in body else "", arguments, "call00000")
+        call = ToolCall("sql" if '"sql"' in body else "", arguments, call_id("", 0))
         assert reply_of(deltas) == Reply(tool_calls=(call,))
         written = "".join(delta.text for delta in deltas if isinstance(delta, ArgumentsDelta))
         assert json.loads(written) == arguments  # strictly: no raw line breaks inside strings
@@ -435,7 +436,7 @@ def test_huge_arguments(depth: int) -> None:
 def test_calls_of_tools_that_were_not_offered() -> None:
     """With markers the framework gets to say that there is no such tool; without tools nothing is a call."""
     text = '<tool_call>{"name": "nothing", "arguments": {}}</tool_call>'
-    assert hermes().parse(text, TOOLS).tool_calls == (ToolCall("nothing", {}, "call00000"),)
+    assert hermes().parse(text, TOOLS).tool_calls == (ToolCall("nothing", {}, call_id("", 0)),)
     assert hermes().parse(text) == hermes().parse(text, []) == Reply(text)
 
 
@@ -483,7 +484,7 @@ def test_bare_json_after_reasoning() -> None:
 def test_bare_calls_that_are_cut_off() -> None:
     reply = hermes().parse(_JSON[:-9], TOOLS)
     assert reply == Reply(
-        invalid_tool_calls=(InvalidToolCall("sql", '{"query": "SELECT 1", "li', "the call is cut off", "call00000"),)
+        invalid_tool_calls=(InvalidToolCall("sql", '{"query": "SELECT 1", "li', "the call is cut off", call_id("", 0)),)
     )
 
 
@@ -526,7 +527,7 @@ def test_order_of_deltas() -> None:
     arguments = '{"query": "SELECT 1", "limit": 5}'
     assert deltas == [
         ContentDelta("a"),
-        CallStart(0, "call00000", "sql"),
+        CallStart(0, call_id("", 0), "sql"),
         ArgumentsDelta(0, arguments),
         CallEnd(0),
     ]
@@ -540,22 +541,30 @@ def ids_of(format: ReplyFormat, text: str, ids: Sequence[str | None]) -> list[st
 @pytest.mark.parametrize(
     "ids, expected",
     [
-        ([], ["call00000", "call00001"]),
-        ([None, "abc", "call12", "xcall00007"], ["call00000", "call00001"]),
-        (["call00003", "call00012", "other"], ["call00013", "call00014"]),
+        ([], [call_id("", 0), call_id("", 1)]),
+        ([None, "abc", call_id("", 7)], [call_id("", 0), call_id("", 1)]),
+        ([call_id("", 0), call_id("", 2)], [call_id("", 1), call_id("", 3)]),
     ],
 )
-def test_ids_go_on_where_a_conversation_is(ids: list[str | None], expected: list[str]) -> None:
+def test_ids_are_none_of_the_conversation(ids: list[str | None], expected: list[str]) -> None:
     assert ids_of(hermes(), f"<tool_call>{_JSON}{_JSON}</tool_call>", ids) == expected
     assert ids_of(hermes(), f"[{_JSON}, {_JSON}]", ids) == expected
-    assert all(len(id) == 9 and id.isalnum() for id in expected)
+    assert all(len(id) == 9 and id.isascii() and id.isalnum() for id in expected)
+
+
+def test_every_question_has_ids_of_its_own() -> None:
+    ids = {call_id(about, number) for about in ("", "a", "ab", "1 a", "\udc80") for number in range(20)}
+    assert len(ids) == 100 and call_id("a", 3) == call_id("a", 3)
+    calls = [hermes().stream(TOOLS, about=about) for about in ("one", "two")]
+    starts = [delta.id for one in calls for delta in one.push(f"<tool_call>{_JSON}") if isinstance(delta, CallStart)]
+    assert starts == [call_id("one", 0), call_id("two", 0)]
 
 
 def test_an_id_that_the_model_gives_twice_is_replaced() -> None:
     call = '{"name": "now", "arguments": {}, "id": "%s"}'
-    text = f"[TOOL_CALLS][{call % 'a'}, {call % 'a'}, {call % 'call00001'}, {call % 'b'}, {call % 'c'}]"
+    text = f"[TOOL_CALLS][{call % 'a'}, {call % 'a'}, {call % call_id('', 1)}, {call % 'b'}, {call % 'c'}]"
     mistral = format_of(tokenizer_with(*FAMILIES["mistral"]))
-    assert ids_of(mistral, text, ["c"]) == ["a", "call00000", "call00001", "b", "call00002"]
+    assert ids_of(mistral, text, ["c"]) == ["a", call_id("", 0), call_id("", 1), "b", call_id("", 2)]
 
 
 @given(st.text('{}[]":,\\ab1\n', max_size=30))

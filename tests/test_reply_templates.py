@@ -24,6 +24,7 @@ from ouroboros_llm.replies import (
     reply_of,
     template_tool_calls,
 )
+from ouroboros_llm.replies.call_writer import call_id
 
 pytest.importorskip("transformers.utils.chat_parsing")
 
@@ -153,11 +154,15 @@ def test_no_text_raises_or_depends_on_how_it_is_cut(name: str, data: st.DataObje
 @pytest.mark.parametrize(
     "name, text, expected",
     [
-        ("json", '<tool_call>{"name": "sql", "argu', InvalidToolCall(None, '{"name": "sql", "argu', "", "call00000")),
-        ("json", "<tool_call>[1]</tool_call>", InvalidToolCall(None, "[1]", "", "call00000")),
-        ("json", '<tool_call>{"name": 5}</tool_call>', InvalidToolCall(None, '{"name": 5}', "", "call00000")),
-        ("tagged", _TAGGED[:48], InvalidToolCall("sql", "<parameter=query>\nSEL", "", "call00000")),
-        ("lax", '<|tool_call>call:sql{query:<|"|>SEL', InvalidToolCall("sql", '{query:<|"|>SEL', "", "call00000")),
+        (
+            "json",
+            '<tool_call>{"name": "sql", "argu',
+            InvalidToolCall(None, '{"name": "sql", "argu', "", call_id("", 0)),
+        ),
+        ("json", "<tool_call>[1]</tool_call>", InvalidToolCall(None, "[1]", "", call_id("", 0))),
+        ("json", '<tool_call>{"name": 5}</tool_call>', InvalidToolCall(None, '{"name": 5}', "", call_id("", 0))),
+        ("tagged", _TAGGED[:48], InvalidToolCall("sql", "<parameter=query>\nSEL", "", call_id("", 0))),
+        ("lax", '<|tool_call>call:sql{query:<|"|>SEL', InvalidToolCall("sql", '{query:<|"|>SEL', "", call_id("", 0))),
     ],
 )
 def test_calls_that_cannot_be_made_keep_their_text(name: str, text: str, expected: InvalidToolCall) -> None:
@@ -186,10 +191,10 @@ def test_without_tools_there_are_no_calls() -> None:
     assert describing(JSON_CALLS).parse(text) == Reply(text)
 
 
-def test_ids_go_on() -> None:
-    stream = describing(JSON_CALLS).stream(TOOLS, ids=["call00006"])
+def test_ids_are_new() -> None:
+    stream = describing(JSON_CALLS).stream(TOOLS, ids=[call_id("", 0)])
     reply = reply_of([*stream.push(f"<tool_call>{_JSON}</tool_call>"), *stream.end()])
-    assert [call.id for call in reply.tool_calls] == ["call00007"]
+    assert [call.id for call in reply.tool_calls] == [call_id("", 1)]
 
 
 def test_a_tokenizer_with_a_template_is_read_by_it() -> None:
@@ -280,7 +285,7 @@ def test_what_a_packaged_template_writes_is_read(name: str, content: str) -> Non
         pytest.skip(f"{name} is not in the cache")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert arguments_form(tokenizer) == "object"
-    calls = tuple(ToolCall("sql", arguments, f"call{n:05d}") for n, arguments in enumerate(ARGUMENTS))
+    calls = tuple(ToolCall("sql", arguments, call_id("", n)) for n, arguments in enumerate(ARGUMENTS))
     assert round_trip(tokenizer, calls, content) == Reply(content, tool_calls=calls)
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self
+from uuid import uuid4
 
 from langchain_core.language_models.base import BaseLanguageModel, LangSmithParams
 from langchain_core.runnables import RunnableConfig
@@ -233,6 +234,10 @@ class OuroborosFields(BaseLanguageModel[Any]):
                 **options,
                 **form,
             )
+
+    def _dice(self) -> str | None:
+        """What tells a sample from another one of the same prompt; None where they are the same."""
+        return uuid4().hex if self.temperature and self.seed is None else None
 
     def _stream_of(
         self,

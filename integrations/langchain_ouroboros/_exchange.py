@@ -27,7 +27,7 @@ from ouroboros_llm.replies.asked import Asked
 from ouroboros_llm.stream import ashown, off_the_loop, shown
 
 from ._instructions import keep_instructions
-from ._messages import call_ids, to_dicts
+from ._messages import call_ids, message_ids, to_dicts
 
 if TYPE_CHECKING:
     from .chat_models import ChatOuroboros
@@ -39,7 +39,8 @@ class Exchange:
     def __init__(self, model: ChatOuroboros, messages: list[BaseMessage], stop: list[str] | None, asked: Asked) -> None:
         """`model`: with the settings of the call."""
         self._model, self._stop = model, stop
-        self._exchange = replies.Exchange(partial(to_dicts, messages), asked, ids=call_ids(messages))
+        to_prompt, about = partial(to_dicts, messages), f"{message_ids(messages)} {model._dice()}"
+        self._exchange = replies.Exchange(to_prompt, asked, ids=call_ids(messages), about=about)
         self._arguments: dict[int, str] = {}
 
     def pieces(self) -> Generator[Piece]:

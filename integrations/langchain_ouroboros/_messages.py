@@ -40,6 +40,11 @@ def call_ids(messages: Sequence[BaseMessage]) -> list[str | None]:
     return [call["id"] for message in answers for call in (*message.tool_calls, *message.invalid_tool_calls)]
 
 
+def message_ids(messages: Sequence[BaseMessage]) -> list[str]:
+    """The ids that a graph gave to messages; two of the same words have different ones."""
+    return [message.id for message in messages if message.id]
+
+
 def _to_dict(message: BaseMessage, form: ArgumentsForm | None) -> dict[str, Any]:
     current: dict[str, Any] = {"role": _role(message), "content": _text(message)}
     if message.name:

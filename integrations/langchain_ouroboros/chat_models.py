@@ -117,7 +117,7 @@ class ChatOuroboros(OuroborosFields, BaseChatModel):
             return a + b
 
         model.bind_tools([add], tool_choice="any").invoke("What is 17 + 25?").tool_calls
-        # [{'name': 'add', 'args': {'a': 17, 'b': 25}, 'id': 'call00000', 'type': 'tool_call'}]
+        # [{'name': 'add', 'args': {'a': 17, 'b': 25}, 'id': '3k9x0a2mq', 'type': 'tool_call'}]
         ```
 
         Calls are read from the model's own format. What it thought is in `additional_kwargs["reasoning_content"]`.

@@ -1,29 +1,46 @@
-"""Numbers the calls of a reply, and writes down what becomes of them."""
+"""Gives the calls of a reply their ids, and writes down what becomes of them."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
+from hashlib import sha256
 
 from .json_text import ControlCharacters
 from .reply import ArgumentsDelta, CallEnd, CallStart, Delta
 
-_ID = re.compile(r"call(\d{5,})")
+_SIGNS = "0123456789abcdefghijklmnopqrstuvwxyz"
+_LENGTH = 9
+"""Of an id: Mistral's templates want nine letters or digits."""
+
+
+def call_id(about: str, number: int) -> str:
+    """The id of a reply's call, the same whenever the same is asked.
+
+    It does not count calls: agents that see the end of their conversation only would begin to count anew, and a call
+    whose id was answered before is one that LangGraph does not make.
+
+    Args:
+        about: the question, or whatever tells it from others.
+        number: of the call in the reply.
+    """
+    rest = int.from_bytes(sha256(f"{number} {about}".encode(errors="surrogatepass")).digest())
+    signs = []
+    for _ in range(_LENGTH):
+        rest, sign = divmod(rest, len(_SIGNS))
+        signs.append(_SIGNS[sign])
+    return "".join(signs)
 
 
 class CallWriter:
     """Makes the deltas of calls, one call after another.
 
-    A call gets the id that the model gave it, unless another one has it already; else one that counts on from those
-    in the conversation. So ids are unique there, and the same whenever the conversation is repeated.
+    A call gets the id that the model gave it, unless another one has it already; else one of its own (`call_id`).
     """
 
-    def __init__(self, ids: Iterable[str | None] = ()) -> None:
-        """`ids`: of the calls in the conversation so far."""
-        self._taken = set(ids)
-        numbers = [int(match[1]) for id in self._taken if id and (match := _ID.fullmatch(id))]
-        self._number = max(numbers, default=-1) + 1
-        self._index = -1
+    def __init__(self, ids: Iterable[str | None] = (), about: str = "") -> None:
+        """`ids`: of the calls in the conversation so far; `about`: see `call_id`."""
+        self._taken, self._about = set(ids), about
+        self._number, self._index = 0, -1
         self._controls = ControlCharacters()
         self.open = False
         """Whether a call has begun and not ended."""
@@ -38,8 +55,7 @@ class CallWriter:
 
     def _next_id(self) -> str:
         while True:
-            # Mistral's templates want nine letters or digits.
-            id, self._number = f"call{self._number:05d}", self._number + 1
+            id, self._number = call_id(self._about, self._number), self._number + 1
             if id not in self._taken:
                 return id
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -69,11 +70,17 @@ class Exchange:
         asked: Asked,
         *,
         ids: Iterable[str | None] = (),
+        about: str = "",
         written: Callable[[list[dict[str, Any]]], str] | None = None,
     ) -> None:
-        """`ids`: of the calls in the conversation so far; `written`: makes text of the messages, in place of the chat
-        template, which then sees neither them nor the tools."""
-        self._to_dicts, self.asked, self._ids, self._written = to_dicts, asked, tuple(ids), written
+        """Args:
+        ids: of the calls in the conversation so far.
+        about: what tells this question from another one of the same words, for the ids of its calls.
+        written: makes text of the messages, in place of the chat template, which then sees neither them nor the
+            tools.
+        """
+        self._to_dicts, self.asked, self._written = to_dicts, asked, written
+        self._ids, self._about = tuple(ids), about
         self._deltas: list[Delta] = []
         self._reading: Any = None
 
@@ -91,7 +98,10 @@ class Exchange:
         if habits.begins_replies:
             end = str(ouroboros.tokenizer.decode(ouroboros.encode(self.prompt, tools=self.tools)[-_PROMPT_END:]))
         self.kept_tokens, self.form = format.kept_tokens, self._form(format, end)
-        self._reading = format.stream(asked.tools, prompt=end, ids=self._ids)
+        self._reading = format.stream(asked.tools, prompt=end, ids=self._ids, about=self._place())
+
+    def _place(self) -> str:
+        return json.dumps([self._about, self.prompt, self.tools], default=str)
 
     def _form(self, format: ReplyFormat, prompt_end: str) -> dict[str, Any]:
         thinking = (s for s in format.sections if s.kind == "reasoning" and prompt_end.rstrip().endswith(s.open))

@@ -39,7 +39,12 @@ class ReplyFormat:
         return reply_of([*stream.push(text), *stream.end()])
 
     def stream(
-        self, tools: Sequence[Mapping[str, Any]] | None = None, *, prompt: str = "", ids: Iterable[str | None] = ()
+        self,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        prompt: str = "",
+        ids: Iterable[str | None] = (),
+        about: str = "",
     ) -> ReplyStream | TemplateStream:
         """Take a reply apart while it comes: `push` its pieces, then `end`.
 
@@ -47,11 +52,13 @@ class ReplyFormat:
             tools: function schemas that were offered; without any, calls are left in the text.
             prompt: the prompt with its special tokens, or its end: the chat template may have begun the reply.
             ids: of the calls in the conversation so far, which no call of this reply gets.
+            about: what was asked, or whatever else tells the question from others: calls to which the model gives no
+                id have one that comes from this.
         """
         # What is nothing but calls follows `frame`, whatever the template says of other replies.
         if self.response_template is not None and not self.bare:
-            return TemplateStream(self.response_template, tools, prompt=prompt, ids=ids)
-        return ReplyStream(self.sections, tools, bare=self.bare, prompt=prompt, ids=ids)
+            return TemplateStream(self.response_template, tools, prompt=prompt, ids=ids, about=about)
+        return ReplyStream(self.sections, tools, bare=self.bare, prompt=prompt, ids=ids, about=about)
 
     def render(self, calls: Iterable[ToolCall]) -> str:
         """Calls as a model of this format writes them: `parse` of it is `calls`, but for their ids."""

@@ -45,10 +45,11 @@ class TemplateStream:
         *,
         prompt: str = "",
         ids: Iterable[str | None] = (),
+        about: str = "",
     ) -> None:
         """See `ReplyFormat.stream`."""
         self._template, self._schemas = _loaded(template), offered(tools)
-        self._calls = CallWriter(ids)
+        self._calls = CallWriter(ids, about)
         self._content, self._reasoning = Flow(ContentDelta), Flow(ReasoningDelta)
         self._text, self._at = "", 0
         self._field: Any = None  # the region that is open; None: the one that no marker opens

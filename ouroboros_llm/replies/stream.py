@@ -91,13 +91,14 @@ class ReplyStream:
         bare: bool = False,
         prompt: str = "",
         ids: Iterable[str | None] = (),
+        about: str = "",
     ) -> None:
         """See `ReplyFormat` and its `stream` for the arguments."""
         self._schemas, ids = offered(tools), tuple(ids)
         self._sections = {section.open: section for section in sections if self._schemas or section.kind != "calls"}
-        self._calls = CallWriter(ids)
+        self._calls = CallWriter(ids, about)
         self._content, self._reasoning = Flow(ContentDelta), Flow(ReasoningDelta)
-        self._bare = BareCalls(CallWriter(ids), self._schemas) if bare and self._schemas else None
+        self._bare = BareCalls(CallWriter(ids, about), self._schemas) if bare and self._schemas else None
         self._text = ""
         self._stray: tuple[str, ...] = ()  # markers that end a section which is over already
         self._section = _BARE
