@@ -11,6 +11,7 @@ from contextvars import copy_context
 from functools import partial
 from queue import Empty
 from typing import Any, Self, cast
+from weakref import WeakKeyDictionary
 
 from .request import End, Request
 from .statistics import GenerationResult, Piece
@@ -19,6 +20,12 @@ from .worker import Worker
 CLOSE_SECONDS = 5.0
 """How long `close` waits for a round to end. Bounded, because a finalizer may call it in a thread that holds a lock
 which the end of the request needs."""
+
+
+PLACES = 64
+"""Whole answers that an event loop waits for at once: more than take turns in a model."""
+
+_places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
 
 class Stream:
@@ -184,6 +191,15 @@ async def off_the_loop(start: Callable[[], Iterator[Piece]]) -> AsyncGenerator[P
             # A cancelled `await` leaves its round running in the thread. One thread means that closing comes after it.
             thread.submit(pieces.close)
         thread.shutdown(wait=False)
+
+
+def place() -> asyncio.Semaphore:
+    """A place among the whole answers that an event loop waits for at once; for `async with`.
+
+    Without it the thousands of a batch would have a thread each and fill the model's bounded queue. Streams take none:
+    their readers may pause.
+    """
+    return _places.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(PLACES))
 
 
 def shown(stream: Iterator[Piece]) -> Generator[Piece]:

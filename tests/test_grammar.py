@@ -6,7 +6,9 @@ import itertools
 import json
 import re
 import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -533,3 +535,24 @@ def test_a_tool_call_of_a_real_model_takes_few_passes() -> None:
     jsonschema.validate(json.loads(text), CALL)
     assert result.statistics.target_forwards < len(result.token_ids) / 2
     assert result.statistics.origins.count("grammar") > len(result.token_ids) / 2
+
+
+def test_grammars_are_compiled_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, begun, go_on = Grammar.regex("slow(er)?"), threading.Event(), threading.Event()
+    compiled = Matcher.__init__
+
+    def compile(self: Matcher, grammar: Grammar, vocabulary: Any) -> None:
+        if grammar == slow:
+            begun.set()
+            assert go_on.wait(30)
+        compiled(self, grammar, vocabulary)
+
+    monkeypatch.setattr(Matcher, "__init__", compile)
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            found = [pool.submit(matcher, slow) for _ in range(2)]
+            assert begun.wait(30)
+            assert matcher(Grammar.regex("quick(er)?")).grammar.source == "quick(er)?"
+        finally:
+            go_on.set()
+        assert found[0].result() is found[1].result()

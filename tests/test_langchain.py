@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import byte_tokenizer, tiny_model
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage, AIMessageChunk, ChatMessage, HumanMessage, SystemMessage, ToolMessage
@@ -786,3 +787,32 @@ async def test_an_error_of_one_prompt_does_not_wait_for_the_others(asynchronousl
     with pytest.raises(ZeroDivisionError):
         await llm.abatch(["bad", "good"]) if asynchronously else llm.batch(["bad", "good"])
     ouroboros.go_on.set()
+
+
+def test_an_error_of_one_prompt_ends_the_others() -> None:
+    class Endless(Scripted):
+        closed, begun = threading.Event(), threading.Event()
+
+        def _stream(self, prompt: Any) -> Iterator[Piece]:
+            if prompt == "bad":
+                assert self.begun.wait(30)
+                raise ZeroDivisionError
+            try:
+                while True:
+                    yield Piece("a", (7,))
+                    self.begun.set()
+            finally:
+                self.closed.set()
+
+    ouroboros = Endless()
+    with pytest.raises(ZeroDivisionError):
+        OuroborosLLM(ouroboros=ouroboros).batch(["good", "bad"])
+    assert ouroboros.closed.wait(30)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+async def test_a_batch_may_be_longer_than_the_queue(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ouroboros_llm.stream.PLACES", 4)
+    ouroboros = Ouroboros(tiny_model(), byte_tokenizer(), store=None, max_active=2, max_waiting=2)
+    model = cls(ouroboros=ouroboros, max_tokens=4)
+    assert len({text_of(answer) for answer in await model.abatch(["Hi"] * 12)}) == 1

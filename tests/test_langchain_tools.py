@@ -164,6 +164,40 @@ def test_a_template_that_only_names_tools_gets_them_in_words() -> None:
         model.bind_tools([add]).invoke([])
 
 
+@pytest.mark.parametrize("refused", ["{{ raise_exception('System role not supported') }}", ""])
+def test_a_template_without_a_system_role_gets_its_words_from_the_user(refused: str) -> None:
+    system = "{% if message['role'] == 'system' %}" + refused + "{% else %}<|{{ message['role'] }}|>"
+    model, speaker = chat(
+        "fine",
+        template=PLAIN.replace("<|{{ message['role'] }}|>", system).replace("{% endfor %}", "{% endif %}{% endfor %}"),
+    )
+    messages = [
+        SystemMessage("Be good."),
+        HumanMessage("Hi"),
+        AIMessage("Ho"),
+        SystemMessage("Now."),
+        HumanMessage("?"),
+    ]
+    assert model.invoke(messages).content == "fine"
+    assert speaker.calls[-1]["prompt"] == [
+        {"role": "user", "content": "Be good.\nHi"},
+        {"role": "assistant", "content": "Ho"},
+        {"role": "user", "content": "Now.\n?"},
+    ]
+    model.bind_tools([add]).invoke(messages)
+    assert '"name": "add"' in speaker.prompt() and "Be good." in speaker.prompt()
+
+
+def test_blocks_of_other_providers() -> None:
+    model, speaker = chat("fine")
+    refusal = AIMessage([{"type": "refusal", "refusal": "No."}, {"type": "server_tool_call", "name": "search"}])
+    model.invoke([HumanMessage([{"type": "text-plain", "text": "A file."}]), refusal, HumanMessage("Why?")])
+    assert [message["content"] for message in speaker.calls[-1]["prompt"]] == ["A file.", "No.", "Why?"]
+    for block in ({"type": "text"}, {"type": "text-plain", "url": "there"}, {"type": "image", "url": "there"}):
+        with pytest.raises(PromptError, match=f"a content block of type '{block['type']}'"):
+            model.invoke([HumanMessage([block])])
+
+
 def test_a_template_without_tools_gets_them_in_words() -> None:
     model, speaker = chat('{"name": "add", "arguments": {"a": 1, "b": 2}}', "3", template=PLAIN)
     bound = model.bind_tools([add])

@@ -126,6 +126,8 @@ EXAMPLES: list[tuple[str, str, Reply]] = [
     ),
     ("qwen3", "<think>\nEasy.\n</think>\n\nParis.\n", Reply("Paris.\n", "Easy.")),
     ("qwen3", "<think>\nI was cut", Reply(reasoning="I was cut")),
+    ("qwen3", "It begins with <think> or so.\nYes.", Reply("It begins with <think> or so.\nYes.")),
+    ("qwen3", "<think>a</think>\nOne.\n<think>b</think>\nTwo.", Reply("One.\n\nTwo.", "ab")),
     (
         "qwen3_coder",
         "<tool_call>\n<function=sql>\n<parameter=query>\nSELECT 1\n</parameter>\n<parameter=limit>\n5\n</parameter>\n"

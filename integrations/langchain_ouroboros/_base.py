@@ -106,7 +106,7 @@ class OuroborosFields(BaseLanguageModel[Any]):
     """Where guesses may come from: "phrases", "recycling", "retrieval", "draft_model", "lookahead"."""
     timeout: float | None = None
     """Seconds that one answer may take; then `RequestTimeoutError`, within a round. Its turn among other calls counts;
-    loading and the reader do not."""
+    loading, the reader, and reading the instructions that an agent learns once do not."""
     streaming: bool | None = None
     """True: `invoke` reports tokens to callbacks as they come. False: a chat model streams nowhere."""
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)

@@ -19,7 +19,20 @@ _ROLES: tuple[tuple[type[BaseMessage], str], ...] = (
     (ToolMessage, "tool"),
 )
 _TOOL_CALL_BLOCKS = frozenset({"tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "input_json_delta"})
-_REASONING_BLOCKS = frozenset({"reasoning", "reasoning_content", "thinking", "redacted_thinking"})
+_UNSAID_BLOCKS = frozenset(
+    {
+        "reasoning",
+        "reasoning_content",
+        "thinking",
+        "redacted_thinking",
+        "server_tool_call",
+        "server_tool_call_chunk",
+        "server_tool_result",
+    }
+)
+"""What other models thought, and what their providers' servers did meanwhile."""
+_TEXT_BLOCKS = {"text": "text", "text-plain": "text", "refusal": "refusal"}
+"""Kinds of blocks to where they have their text."""
 
 
 def to_dicts(messages: Sequence[BaseMessage], form: ArgumentsForm | None = "object") -> list[dict[str, Any]]:
@@ -95,9 +108,9 @@ def _block_text(message: BaseMessage, block: str | dict[Any, Any]) -> str:
     if isinstance(block, str):
         return block
     kind = block.get("type")
-    if kind == "text":
-        return str(block["text"])
-    if isinstance(message, AIMessage) and kind in _REASONING_BLOCKS:
+    if kind in _TEXT_BLOCKS and isinstance(text := block.get(_TEXT_BLOCKS[kind]), str):
+        return text
+    if isinstance(message, AIMessage) and kind in _UNSAID_BLOCKS:
         return ""  # no part of what was said
     if isinstance(message, AIMessage) and kind in _TOOL_CALL_BLOCKS and _tool_calls(message):
         return ""  # the message lists its calls beside its content too

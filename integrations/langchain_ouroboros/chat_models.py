@@ -25,6 +25,7 @@ from ouroboros_llm import GenerationResult, Usage
 from ouroboros_llm.replies.asked import REPLY_SETTINGS, Asked, choice_of
 from ouroboros_llm.replies.exchange import prompt_of, template_tools
 from ouroboros_llm.replies.habits import habits_of
+from ouroboros_llm.stream import place
 
 from ._base import SCOPE_SETTINGS, SPEED_SETTINGS, OuroborosFields
 from ._exchange import Exchange
@@ -233,7 +234,7 @@ class ChatOuroboros(OuroborosFields, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         call, exchange = self._exchange(messages, stop, kwargs)
-        async with aclosing(call._achunks(exchange)) as chunks:
+        async with place(), aclosing(call._achunks(exchange)) as chunks:
             return _settled(exchange, await agenerate_from_stream(chunks))
 
     @override

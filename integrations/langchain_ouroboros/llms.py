@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import aclosing
 from functools import partial
+from itertools import takewhile
+from threading import Event
 from typing import Any, TypeVar
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -19,7 +22,7 @@ from langchain_core.runnables.config import ContextThreadPoolExecutor, get_confi
 from typing_extensions import override
 
 from ouroboros_llm import OptionError, Piece, Usage
-from ouroboros_llm.stream import ashown, off_the_loop, shown
+from ouroboros_llm.stream import ashown, off_the_loop, place, shown
 
 from ._base import OuroborosFields
 from ._scopes import found_scopes
@@ -209,8 +212,8 @@ class OuroborosLLM(OuroborosFields, BaseLLM):
     ) -> LLMResult:
         call = self._for_call(kwargs)
 
-        def answer(prompt: str, manager: CallbackManagerForLLMRun | None) -> Generation:
-            return _join(list(call._stream(prompt, stop, manager)))
+        def answer(prompt: str, manager: CallbackManagerForLLMRun | None) -> Iterator[GenerationChunk]:
+            return call._stream(prompt, stop, manager)
 
         listeners = call._listeners(run_manager, len(prompts))
         return call._llm_result(_at_once(answer, prompts, listeners))
@@ -223,10 +226,10 @@ class OuroborosLLM(OuroborosFields, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        call, places = self._for_call(kwargs), asyncio.Semaphore(_AT_ONCE)
+        call = self._for_call(kwargs)
 
         async def answer(prompt: str, manager: AsyncCallbackManagerForLLMRun | None) -> Generation:
-            async with places:
+            async with place():
                 return _join([chunk async for chunk in call._astream(prompt, stop, manager)])
 
         runs = zip(prompts, call._listeners(run_manager, len(prompts)), strict=True)
@@ -295,17 +298,26 @@ class OuroborosLLM(OuroborosFields, BaseLLM):
 
 
 def _at_once(
-    answer: Callable[[str, CallbackManagerForLLMRun | None], Generation],
+    answer: Callable[[str, CallbackManagerForLLMRun | None], Iterator[GenerationChunk]],
     prompts: Sequence[str],
     listeners: Sequence[CallbackManagerForLLMRun | None],
 ) -> list[Generation]:
     if len(prompts) == 1:
-        return [answer(prompts[0], listeners[0])]
-    pool = ContextThreadPoolExecutor(_AT_ONCE, thread_name_prefix="ouroboros-prompts")
+        return [_join(list(answer(prompts[0], listeners[0])))]
+    pool, over = ContextThreadPoolExecutor(_AT_ONCE, thread_name_prefix="ouroboros-prompts"), Event()
+
+    def whole(prompt: str, listener: CallbackManagerForLLMRun | None) -> Generation:
+        # A chunk that is let go of closes the stream behind it, which ends the decoding.
+        return _join(list(takewhile(lambda _: not over.is_set(), answer(prompt, listener))))
+
     try:
-        return list(pool.map(answer, prompts, listeners))
+        answers = [pool.submit(whole, *run) for run in zip(prompts, listeners, strict=True)]
+        for failed in wait(answers, return_when=FIRST_EXCEPTION).done:
+            failed.result()
+        return [answer.result() for answer in answers]
     finally:
         # After an error nobody waits for the others.
+        over.set()
         pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -75,14 +75,16 @@ def matcher_for(grammar: Grammar, tokenizer: PreTrainedTokenizerBase, end_token_
     with _lock:
         vocabulary = vocabulary_of(tokenizer, end_token_ids)
         # With the vocabulary they live and go.
-        known: OrderedDict[Any, Any] = vocabulary.compiled
-        if grammar not in known:
-            known[grammar] = Matcher(grammar, vocabulary)
+        known: OrderedDict[Grammar, Matcher] = vocabulary.compiled
+        matcher = known.get(grammar)
+    # Not under the lock: a grammar may take seconds, for which others need not wait.
+    matcher = matcher or Matcher(grammar, vocabulary)
+    with _lock:
+        matcher = known.setdefault(grammar, matcher)
         known.move_to_end(grammar)
-        if len(known) > _KEPT:
+        while len(known) > _KEPT:
             known.popitem(last=False)
-        matcher: Matcher = known[grammar]
-        return matcher
+    return matcher
 
 
 def _source(grammar: Grammar, vocabulary: Vocabulary) -> str:

@@ -16,7 +16,7 @@ from .formats import ReplyFormat
 from .habits import Habits, habits_of
 from .reply import Delta, Reply, reply_of
 from .templates import ArgumentsForm
-from .wording import with_calls_in_words, with_choice, with_schema, with_tools
+from .wording import with_calls_in_words, with_choice, with_schema, with_system_in_words, with_tools
 
 _PROMPT_END = 256
 """Tokens at the end of a prompt in which a chat template may begin the reply."""
@@ -34,6 +34,8 @@ def prompt_of(to_dicts: ToDicts, asked: Asked, habits: Habits) -> list[dict[str,
         dicts = with_calls_in_words(dicts, habits.format)
     if asked.tools and not habits.takes_tools:
         dicts = with_tools(dicts, asked.tools)
+    if not habits.takes_system:
+        dicts = with_system_in_words(dicts)
     if asked.forced and not forms.connected():
         dicts = with_choice(dicts, asked.forced_names)
     if asked.schema is not None and asked.told:
@@ -87,7 +89,7 @@ class Exchange:
     def start(self, ouroboros: Any) -> None:
         asked, habits = self.asked, habits_of(ouroboros)
         if self._written is not None:
-            habits = replace(habits, form=None, takes_tools=False)
+            habits = replace(habits, form=None, takes_tools=False, takes_system=True)
         messages = prompt_of(self._to_dicts, asked, habits)
         self.prompt = messages if self._written is None else self._written(messages)
         self.tools = template_tools(asked, habits)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .families import format_of
 from .formats import ReplyFormat
-from .templates import ArgumentsForm, arguments_form, takes_tools
+from .templates import ArgumentsForm, arguments_form, takes_system, takes_tools
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Habits:
     format: ReplyFormat = ReplyFormat()
     form: ArgumentsForm | None = "object"
     takes_tools: bool = True
+    takes_system: bool = True
 
     @property
     def begins_replies(self) -> bool:
@@ -39,6 +40,7 @@ def habits_of(ouroboros: Any) -> Habits:
     template = tokenizer.chat_template or ""
     known, habits = _habits.get(tokenizer, (None, Habits()))
     if known != template:
-        habits = Habits(format_of(tokenizer), arguments_form(tokenizer), takes_tools(tokenizer))
+        shown = arguments_form(tokenizer), takes_tools(tokenizer), takes_system(tokenizer)
+        habits = Habits(format_of(tokenizer), *shown)
         _habits[tokenizer] = template, habits
     return habits

@@ -100,6 +100,7 @@ class ReplyStream:
         self._content, self._reasoning = Flow(ContentDelta), Flow(ReasoningDelta)
         self._bare = BareCalls(CallWriter(ids, about), self._schemas) if bare and self._schemas else None
         self._text = ""
+        self._line = ""  # what was said since the last line break or marker
         self._stray: tuple[str, ...] = ()  # markers that end a section which is over already
         self._section = _BARE
         self._reader: CallsReader | None = None
@@ -146,8 +147,13 @@ class ReplyStream:
             self._text = self._text[shown:]
             return False
         place, marker = found
-        self._say(self._text[:place])
         section = self._sections.get(marker)
+        self._say(self._text[:place])
+        if section and section.kind == "reasoning" and self._line.strip():
+            # Thoughts begin on a line of their own; in the middle of one, the answer speaks of the marker.
+            self._say(marker)
+            self._text = self._text[place + len(marker) :]
+            return True
         self._text = self._text[place if section and section.inclusive else place + len(marker) :]
         self._mark()
         self._stray = ()
@@ -156,6 +162,7 @@ class ReplyStream:
         return True
 
     def _say(self, text: str) -> None:
+        self._line = (self._line + text).rpartition("\n")[2]
         if self._bare is None:
             self._deltas += self._content.push(text) if text else []
             return
@@ -171,6 +178,7 @@ class ReplyStream:
         if self._bare is not None and self._bare.text.strip():
             self._deltas += self._release()
         self._content.mark()
+        self._line = ""
 
     def _open(self, section: Section) -> None:
         self._section = section

@@ -48,6 +48,15 @@ def takes_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
     return False
 
 
+def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes down a system message; found out by rendering one."""
+    messages = [{"role": "system", "content": "probe_instructions"}, {"role": "user", "content": "question"}]
+    try:
+        return "probe_instructions" in str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # a template may raise anything
+        return False
+
+
 def _rendered(tokenizer: PreTrainedTokenizerBase, arguments: Any) -> str:
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": "question"},

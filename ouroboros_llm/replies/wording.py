@@ -8,6 +8,7 @@ from typing import Any
 
 from .formats import ReplyFormat
 from .reply import ToolCall
+from .turns import merged_turns
 
 _TOOLS = """You can call these functions, given as JSON Schemas:
 {tools}
@@ -26,6 +27,11 @@ def with_tools(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]
     if first["role"] == "user":
         return [{**first, "content": f"{told}\n\n{first['content']}"}, *messages[1:]]
     return [{"role": "system", "content": told}, *messages]
+
+
+def with_system_in_words(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`messages` whose system messages are the users', for a chat template that refuses them or leaves them out."""
+    return merged_turns({**message, "role": "user"} if message["role"] == "system" else message for message in messages)
 
 
 def with_calls_in_words(messages: list[dict[str, Any]], format: ReplyFormat) -> list[dict[str, Any]]:
