@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ToolCall
+from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call, tool_call_chunk
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
 
-from ouroboros_llm import GenerationResult, Piece
+from ouroboros_llm import GenerationResult, Piece, Usage
 from ouroboros_llm.replies import (
     ArgumentsDelta,
     CallEnd,
@@ -43,11 +46,18 @@ class Exchange:
         self._exchange = replies.Exchange(to_prompt, asked, ids=call_ids(messages), about=about)
         self._arguments: dict[int, str] = {}
 
-    def pieces(self) -> Generator[Piece]:
-        yield from shown(self._start())
+    def chunks(self) -> Iterator[ChatGenerationChunk]:
+        """The reply while it comes. Closing the iterator ends the decoding."""
+        for piece in shown(self._start()):
+            if (message := self._message(piece)) is not None:
+                yield self._chunk(message, piece.result)
 
-    def apieces(self) -> AsyncGenerator[Piece]:
-        return ashown(off_the_loop(self._start))
+    async def achunks(self) -> AsyncGenerator[ChatGenerationChunk]:
+        """As `chunks`."""
+        async with aclosing(ashown(off_the_loop(self._start))) as pieces:
+            async for piece in pieces:
+                if (message := self._message(piece)) is not None:
+                    yield self._chunk(message, piece.result)
 
     def _start(self) -> Iterator[Piece]:
         ouroboros, asking = self._model._loaded(), self._exchange
@@ -63,7 +73,7 @@ class Exchange:
             **asking.form,
         )
 
-    def message(self, piece: Piece) -> AIMessageChunk | None:
+    def _message(self, piece: Piece) -> AIMessageChunk | None:
         """What a piece adds to the message, the last one without usage and metadata; None if nothing yet.
 
         Raises:
@@ -82,6 +92,18 @@ class Exchange:
             additional_kwargs={"reasoning_content": reasoning} if reasoning else {},
             tool_call_chunks=calls,
         )
+
+    def _chunk(self, message: AIMessageChunk, result: GenerationResult | None) -> ChatGenerationChunk:
+        # Chunks are added up, strings in their metadata joined: what is true of the answer stands on the last one only.
+        if result is None:
+            return ChatGenerationChunk(message=message)
+        metadata = self._model._response_metadata(result)
+        if self._exchange.reply.tool_calls and result.finish_reason == "stop":
+            metadata["finish_reason"] = "tool_calls"
+        message.usage_metadata = _usage_metadata(result.usage)
+        message.response_metadata = metadata
+        message.chunk_position = "last"
+        return ChatGenerationChunk(message=message, generation_info={"finish_reason": metadata["finish_reason"]})
 
     def _call_chunks(self, deltas: Iterable[Delta]) -> list[ToolCallChunk]:
         chunks: dict[int, ToolCallChunk] = {}
@@ -102,18 +124,17 @@ class Exchange:
         chunk["args"] = (chunk["args"] or "") + text
         self._arguments[index] += text
 
-    @property
-    def called(self) -> bool:
-        """Whether the reply, which is over, calls a tool."""
-        return bool(self._exchange.reply.tool_calls)
-
-    def settle(self, message: AIMessage) -> None:
-        """Give the whole message its calls as they were read, the invalid ones with their errors."""
-        message.tool_calls = [_call(call) for call in self._exchange.reply.tool_calls]
-        message.invalid_tool_calls = [
-            invalid_tool_call(name=call.name, args=call.arguments, id=call.id, error=call.error)
-            for call in self._exchange.reply.invalid_tool_calls
-        ]
+    def settled(self, result: ChatResult) -> ChatResult:
+        """`result`, which chunks were added up to, with the calls as they were read, the invalid ones with errors."""
+        reply = self._exchange.reply
+        for message in (generation.message for generation in result.generations):
+            assert isinstance(message, AIMessage)  # the sum of what `chunks` gave
+            message.tool_calls = [_call(call) for call in reply.tool_calls]
+            message.invalid_tool_calls = [
+                invalid_tool_call(name=call.name, args=call.arguments, id=call.id, error=call.error)
+                for call in reply.invalid_tool_calls
+            ]
+        return result
 
     def _check(self, result: GenerationResult) -> None:
         if names := self._exchange.missed:
@@ -126,3 +147,12 @@ class Exchange:
 
 def _call(call: Any) -> ToolCall:
     return tool_call(name=call.name, args=call.arguments, id=call.id)
+
+
+def _usage_metadata(usage: Usage) -> UsageMetadata:
+    return UsageMetadata(
+        input_tokens=usage.prompt_tokens,
+        output_tokens=usage.completion_tokens,
+        total_tokens=usage.total_tokens,
+        input_token_details=InputTokenDetails(cache_read=usage.cached_tokens),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -16,19 +16,18 @@ from langchain_core.language_models.chat_models import (
     generate_from_stream,
 )
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from typing_extensions import override
 
-from ouroboros_llm import GenerationResult, Usage
 from ouroboros_llm.replies.asked import REPLY_SETTINGS, Asked, choice_of
 from ouroboros_llm.replies.exchange import prompt_of, template_tools
 from ouroboros_llm.replies.habits import habits_of
 from ouroboros_llm.stream import place
 
-from ._base import SCOPE_SETTINGS, SPEED_SETTINGS, OuroborosFields
+from ._base import OuroborosModel
 from ._exchange import Exchange
+from ._fields import SCOPE_SETTINGS, SPEED_SETTINGS
 from ._messages import to_dicts
 from ._profile import profile_of
 from ._scopes import SCOPES
@@ -39,7 +38,7 @@ _UNTRACED = SCOPE_SETTINGS | {SCOPES}
 _UNCACHED = _UNTRACED | SPEED_SETTINGS | {"stream"}
 
 
-class ChatOuroboros(OuroborosFields, BaseChatModel):
+class ChatOuroboros(OuroborosModel, BaseChatModel):
     """A local Hugging Face chat model that says what it would say anyway, in fewer passes.
 
     Setup:
@@ -222,8 +221,8 @@ class ChatOuroboros(OuroborosFields, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call, exchange = self._exchange(messages, stop, kwargs)
-        return _settled(exchange, generate_from_stream(call._chunks(exchange)))
+        exchange = self._exchange(messages, stop, kwargs)
+        return exchange.settled(generate_from_stream(exchange.chunks()))
 
     @override
     async def _agenerate(
@@ -233,9 +232,9 @@ class ChatOuroboros(OuroborosFields, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call, exchange = self._exchange(messages, stop, kwargs)
-        async with place(), aclosing(call._achunks(exchange)) as chunks:
-            return _settled(exchange, await agenerate_from_stream(chunks))
+        exchange = self._exchange(messages, stop, kwargs)
+        async with place(), aclosing(exchange.achunks()) as chunks:
+            return exchange.settled(await agenerate_from_stream(chunks))
 
     @override
     def _stream(
@@ -245,8 +244,7 @@ class ChatOuroboros(OuroborosFields, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        call, exchange = self._exchange(messages, stop, kwargs)
-        for chunk in call._chunks(exchange):
+        for chunk in self._exchange(messages, stop, kwargs).chunks():
             if run_manager:  # only where LangChain streams its protocol events; elsewhere it reports tokens itself
                 run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
@@ -259,45 +257,17 @@ class ChatOuroboros(OuroborosFields, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        call, exchange = self._exchange(messages, stop, kwargs)
-        async with aclosing(call._achunks(exchange)) as chunks:
+        async with aclosing(self._exchange(messages, stop, kwargs).achunks()) as chunks:
             async for chunk in chunks:
                 if run_manager:
                     await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
 
-    def _exchange(
-        self, messages: list[BaseMessage], stop: list[str] | None, settings: dict[str, Any]
-    ) -> tuple[ChatOuroboros, Exchange]:
-        """The model with the settings of a call, and what was asked of it. Raises OptionError."""
+    def _exchange(self, messages: list[BaseMessage], stop: list[str] | None, settings: dict[str, Any]) -> Exchange:
+        """What is asked in a call, with its settings. Raises OptionError."""
         reply = {name: value for name, value in settings.items() if name in REPLY_SETTINGS}
         call = self._for_call({name: value for name, value in settings.items() if name not in reply})
-        return call, Exchange(call, messages, stop, asked(reply))
-
-    def _chunks(self, exchange: Exchange) -> Iterator[ChatGenerationChunk]:
-        for piece in exchange.pieces():
-            if (message := exchange.message(piece)) is not None:
-                yield self._chunk(exchange, message, piece.result)
-
-    async def _achunks(self, exchange: Exchange) -> AsyncGenerator[ChatGenerationChunk]:
-        async with aclosing(exchange.apieces()) as pieces:
-            async for piece in pieces:
-                if (message := exchange.message(piece)) is not None:
-                    yield self._chunk(exchange, message, piece.result)
-
-    def _chunk(
-        self, exchange: Exchange, message: AIMessageChunk, result: GenerationResult | None
-    ) -> ChatGenerationChunk:
-        # Chunks are added up, strings in their metadata joined: what is true of the answer stands on the last one only.
-        if result is None:
-            return ChatGenerationChunk(message=message)
-        metadata = self._response_metadata(result)
-        if exchange.called and result.finish_reason == "stop":
-            metadata["finish_reason"] = "tool_calls"
-        message.usage_metadata = _usage_metadata(result.usage)
-        message.response_metadata = metadata
-        message.chunk_position = "last"
-        return ChatGenerationChunk(message=message, generation_info={"finish_reason": metadata["finish_reason"]})
+        return Exchange(call, messages, stop, asked(reply))
 
     @override
     def bind_tools(
@@ -375,19 +345,3 @@ class ChatOuroboros(OuroborosFields, BaseChatModel):
         habits = habits_of(ouroboros)
         prompt = prompt_of(partial(to_dicts, messages), offered, habits)
         return len(ouroboros.encode(prompt, tools=template_tools(offered, habits)))
-
-
-def _settled(exchange: Exchange, result: ChatResult) -> ChatResult:
-    for generation in result.generations:
-        if isinstance(generation.message, AIMessage):
-            exchange.settle(generation.message)
-    return result
-
-
-def _usage_metadata(usage: Usage) -> UsageMetadata:
-    return UsageMetadata(
-        input_tokens=usage.prompt_tokens,
-        output_tokens=usage.completion_tokens,
-        total_tokens=usage.total_tokens,
-        input_token_details=InputTokenDetails(cache_read=usage.cached_tokens),
-    )

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from functools import partial
-from itertools import takewhile
-from threading import Event
 from typing import Any, TypeVar
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -18,24 +15,22 @@ from langchain_core.language_models.llms import BaseLLM
 from langchain_core.messages import BaseMessage, get_buffer_string
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import ContextThreadPoolExecutor, get_config_list
+from langchain_core.runnables.config import get_config_list
 from typing_extensions import override
 
 from ouroboros_llm import OptionError, Piece, Usage
 from ouroboros_llm.stream import ashown, off_the_loop, place, shown
 
-from ._base import OuroborosFields
+from ._at_once import at_once, join
+from ._base import OuroborosModel
 from ._scopes import found_scopes
 
 _Manager = TypeVar("_Manager")
 
-_AT_ONCE = 32
-"""Prompts of one call that are answered at once: what of them the model reads together it reads in one pass."""
-
 _RUN_ARGUMENTS = frozenset({"tags", "metadata", "run_name", "run_id"})
 
 
-class OuroborosLLM(OuroborosFields, BaseLLM):
+class OuroborosLLM(OuroborosModel, BaseLLM):
     """A local Hugging Face model that continues text as it would anyway, in fewer passes.
 
     The prompt reaches the model as it is, without a chat template; for conversations there is `ChatOuroboros`.
@@ -216,7 +211,7 @@ class OuroborosLLM(OuroborosFields, BaseLLM):
             return call._stream(prompt, stop, manager)
 
         listeners = call._listeners(run_manager, len(prompts))
-        return call._llm_result(_at_once(answer, prompts, listeners))
+        return call._llm_result(at_once(answer, prompts, listeners))
 
     @override
     async def _agenerate(
@@ -230,7 +225,7 @@ class OuroborosLLM(OuroborosFields, BaseLLM):
 
         async def answer(prompt: str, manager: AsyncCallbackManagerForLLMRun | None) -> Generation:
             async with place():
-                return _join([chunk async for chunk in call._astream(prompt, stop, manager)])
+                return join([chunk async for chunk in call._astream(prompt, stop, manager)])
 
         runs = zip(prompts, call._listeners(run_manager, len(prompts)), strict=True)
         answers = [asyncio.ensure_future(answer(*run)) for run in runs]
@@ -297,36 +292,8 @@ class OuroborosLLM(OuroborosFields, BaseLLM):
         return self.get_num_tokens(get_buffer_string(messages))
 
 
-def _at_once(
-    answer: Callable[[str, CallbackManagerForLLMRun | None], Iterator[GenerationChunk]],
-    prompts: Sequence[str],
-    listeners: Sequence[CallbackManagerForLLMRun | None],
-) -> list[Generation]:
-    if len(prompts) == 1:
-        return [_join(list(answer(prompts[0], listeners[0])))]
-    pool, over = ContextThreadPoolExecutor(_AT_ONCE, thread_name_prefix="ouroboros-prompts"), Event()
-
-    def whole(prompt: str, listener: CallbackManagerForLLMRun | None) -> Generation:
-        # A chunk that is let go of closes the stream behind it, which ends the decoding.
-        return _join(list(takewhile(lambda _: not over.is_set(), answer(prompt, listener))))
-
-    try:
-        answers = [pool.submit(whole, *run) for run in zip(prompts, listeners, strict=True)]
-        for failed in wait(answers, return_when=FIRST_EXCEPTION).done:
-            failed.result()
-        return [answer.result() for answer in answers]
-    finally:
-        # After an error nobody waits for the others.
-        over.set()
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
 def _first(config: RunnableConfig | list[RunnableConfig] | None) -> RunnableConfig | None:
     return next(iter(config), None) if isinstance(config, list) else config
-
-
-def _join(chunks: Sequence[GenerationChunk]) -> Generation:
-    return Generation(text="".join(chunk.text for chunk in chunks), generation_info=chunks[-1].generation_info)
 
 
 def _token_usage(usage: Usage) -> dict[str, int]:
