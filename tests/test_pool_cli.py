@@ -836,7 +836,7 @@ class TestTerminal:
         # An interrupt just before Python waits for input is seen when that comes.
         terminal.type("\x03\n")
         status, output = terminal.end()
-        assert (status, scopes(file)) == (130, {"a": 1}) and "Traceback" not in output
+        assert (status, scopes(file)) == (130, {"a": 1}) and "Traceback" not in output, output
 
     @pytest.mark.parametrize("arguments", [["check"], ["export", "a", "-o", "{}"], ["prune", "--max-runs", "9", "-y"]])
     def test_bars(self, file: Path, tmp_path: Path, arguments: list[str]) -> None:
