@@ -2,7 +2,7 @@
 
 * OuroborosError
   * OptionError (also ValueError): an option is out of range or contradicts another
-  * PromptError (also ValueError): a prompt that cannot be answered
+  * PromptError: a prompt that cannot be answered
     * ContextLengthError: longer than the model's context
   * ModelError
     * UnknownModelError: no such registry name, folder or hub id
@@ -26,8 +26,11 @@ class OptionError(OuroborosError, ValueError):
     """An option is out of range, of the wrong type, or contradicts another."""
 
 
-class PromptError(OuroborosError, ValueError):
-    """The prompt cannot be answered: empty, or of a type nothing can be made of."""
+class PromptError(OuroborosError):
+    """The prompt cannot be answered: empty, or of a type nothing can be made of.
+
+    Not a ValueError: frameworks take those for a reply that cannot be read, and go on without an answer.
+    """
 
 
 class ContextLengthError(PromptError):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ouroboros_llm import DecodingOptions, OptionError, Piece
+from ouroboros_llm import ContextLengthError, DecodingOptions, OptionError, Piece
 from ouroboros_llm.replies import ContentDelta
 from ouroboros_llm.replies.asked import Asked
 from ouroboros_llm.replies.exchange import Exchange
@@ -76,8 +76,13 @@ class Asking:
 
 @contextmanager
 def our_names() -> Iterator[None]:
-    """Errors about options call them by LlamaIndex's names."""
+    """Errors call options by LlamaIndex's names, and say what helps there."""
     try:
         yield
+    except ContextLengthError as error:
+        advice = (
+            "where LlamaIndex packs prompts, let it count the model's tokens: Settings.tokenizer = llm.load().tokenizer"
+        )
+        raise ContextLengthError(f"{error}; {advice}") from None
     except OptionError as error:
         raise OptionError(str(error).replace("max_new_tokens", "max_tokens")) from None
