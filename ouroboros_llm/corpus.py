@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from hashlib import blake2b
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from .drafting.retrieval import runs_of
+from .entries import NOTES, Entry, Noted, held, notes_of, read_notes, text_hash
 from .errors import OptionError, StoreError
 from .memory_pool import MemorySource
 from .phrases import DocumentNotebook, Library, Notebook, PhrasePool, PoolSource, run_key
 from .sources import open_pool
-
-_NOTES = "document/"
-"""What the names of notes on documents begin with."""
 
 _IN_MEMORY = 1_000_000
 """Tokens of a corpus that is only in memory."""
@@ -46,29 +42,9 @@ class Indexed:
     """Of the documents added."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A document in a corpus."""
-
-    id: str
-    content: str
-    """Hash of its texts."""
-    tokens: int
-    runs: tuple[str, ...]
-    """Keys of its runs, hexadecimal."""
-
-    @property
-    def name(self) -> str:
-        return _NOTES + _hash(self.id)
-
-    @property
-    def keys(self) -> list[bytes]:
-        return [bytes.fromhex(run) for run in self.runs]
-
-
 def is_corpus(pool: PhrasePool) -> bool:
     """Whether documents were indexed in a scope."""
-    return isinstance(pool, Notebook) and bool(pool.recall(_NOTES))
+    return isinstance(pool, Notebook) and bool(pool.recall(NOTES))
 
 
 class Corpus:
@@ -90,29 +66,28 @@ class Corpus:
 
     def entries(self) -> dict[str, Entry]:
         """The documents by their ids."""
-        found = [_entry(data) for data in self._pool.recall(_NOTES).values()]
-        return {entry.id: entry for entry in found if entry is not None}
+        return self._noted().entries
 
     def index(self, documents: Texts, advance: Callable[[int], object] | None = None) -> Indexed:
         """See `Ouroboros.index_documents`."""
-        given, known = _by_id(documents), self.entries()
-        if not known and self._pool.stats.runs:
+        given = _by_id(documents)
+        if not is_corpus(self._pool) and self._pool.stats.runs:
             raise OptionError(
                 f"scope {self._scope!r} holds answers; documents need a scope of their own, as in 'corpus:manuals'"
             )
+        known = self._settle()
         elsewhere = {entry.content: entry for entry in known.values() if entry.id not in given}
-        stale: list[Entry] = []
         renamed: list[str] = []
         added, tokens, waiting = 0, 0, 0
         for id, texts in given.items():
-            content, before = _hash(*texts), known.get(id)
+            content, before = text_hash(*texts), known.get(id)
             if before is None and (other := elsewhere.pop(content, None)) is not None:
                 # The same under another id, as where ids are made anew by every process.
-                before = known[id] = self._note(replace(known.pop(other.id), id=id))
+                before = known[id] = replace(known.pop(other.id), id=id)
+                self._pool.remember(notes_of(before, None))
                 renamed.append(other.name)
             if before is None or before.content != content or not self._pool.holds_all(before.keys):
-                stale += [] if before is None else [before]
-                known[id] = entry = self._add(id, content, texts)
+                known[id] = entry = self._add(id, content, texts, before)
                 added, tokens, waiting = added + 1, tokens + entry.tokens, waiting + entry.tokens
             if waiting >= _FLUSHED:
                 self._source.flush()
@@ -121,36 +96,46 @@ class Corpus:
                 advance(1)
         self._source.flush()
         self._check_room(known.values())
-        self._let_go(stale, known, notes=renamed)
+        self._let_go(self._noted().left, known, notes=renamed)
         return Indexed(tuple(given), added, len(given) - added, tokens)
 
     def remove(self, ids: Iterable[str]) -> int:
         """See `Ouroboros.remove_documents`."""
         if isinstance(ids, str):
             raise OptionError(f"ids must be several, but got one string; write [{ids!r:.80}]")
-        known = self.entries()
-        gone = [known.pop(id) for id in dict.fromkeys(ids) if id in known]
-        self._let_go(gone, known, notes=[entry.name for entry in gone])
+        noted = self._noted()
+        known = noted.entries
+        gone = {entry.name: entry.runs for id in dict.fromkeys(ids) if (entry := known.pop(id, None))}
+        self._let_go({**gone, **noted.left}, known)
         return len(gone)
 
-    def _add(self, id: str, content: str, texts: Sequence[str]) -> Entry:
+    def _noted(self) -> Noted:
+        return read_notes(self._pool.recall(NOTES))
+
+    def _settle(self) -> dict[str, Entry]:
+        """The documents, after what an interrupted call left was taken out."""
+        noted = self._noted()
+        if noted.left:
+            self._let_go(noted.left, noted.entries)
+            self._pool = self._source.open(self._scope, fingerprint=self._fingerprint)
+        return noted.entries
+
+    def _add(self, id: str, content: str, texts: Sequence[str], before: Entry | None) -> Entry:
         seen = set[int]()
         runs = [run for text in texts for run in runs_of(text, self._tokenizer, seen) if len(run) > 1]
+        entry = Entry(id, content, sum(map(len, runs)), tuple(run_key(run).hex() for run in runs))
+        # The notes first: somebody else may flush at any moment, and a run that no note names would never be removed.
+        self._pool.remember(notes_of(entry, before))
         for run in runs:
             self._pool.add(run, answer=False)
-        return self._note(Entry(id, content, sum(map(len, runs)), tuple(run_key(run).hex() for run in runs)))
-
-    def _note(self, entry: Entry) -> Entry:
-        self._pool.remember({entry.name: json.dumps(asdict(entry)).encode()})
         return entry
 
-    def _let_go(self, gone: Sequence[Entry], kept: Mapping[str, Entry], notes: Sequence[str]) -> None:
-        """Drop the runs that only these documents hold."""
-        held = {run for entry in kept.values() for run in entry.runs}
-        runs = {run for entry in gone for run in entry.runs} - held
-        if runs or notes:
-            keys = [bytes.fromhex(run) for run in runs]
-            self._source.take_out(self._scope, fingerprint=self._fingerprint, runs=keys, notes=notes)
+    def _let_go(self, gone: Mapping[str, Sequence[str]], kept: Mapping[str, Entry], notes: Sequence[str] = ()) -> None:
+        """Drop notes with the runs that they name, but for those that a document still holds; and further notes."""
+        names = [*gone, *notes]
+        if names:
+            keys = [bytes.fromhex(run) for run in {run for runs in gone.values() for run in runs} - held(kept.values())]
+            self._source.take_out(self._scope, fingerprint=self._fingerprint, runs=keys, notes=names)
 
     def _check_room(self, entries: Iterable[Entry]) -> None:
         lost = [entry for entry in entries if not self._pool.holds_all(entry.keys)]
@@ -214,28 +199,10 @@ def _by_id(documents: Texts) -> dict[str, tuple[str, ...]]:
     if isinstance(documents, Mapping):
         given = {id: (texts,) if isinstance(texts, str) else tuple(texts) for id, texts in documents.items()}
     else:
-        given = {_hash(text) if isinstance(text, str) else "": (text,) for text in documents}
+        given = {text_hash(text) if isinstance(text, str) else "": (text,) for text in documents}
     for id, texts in given.items():
         if not isinstance(id, str) or not all(isinstance(text, str) for text in texts):
             raise OptionError(
                 f"documents must be texts, by ids that are strings or without, but got {id!r}: {texts!r:.80}"
             )
     return given
-
-
-def _hash(*texts: str) -> str:
-    """Of texts; where one ends and the next begins matters."""
-    found = blake2b(digest_size=16)
-    for text in texts:
-        data = text.encode("utf-8", "surrogatepass")
-        found.update(len(data).to_bytes(8, "little") + data)
-    return found.hexdigest()
-
-
-def _entry(data: bytes) -> Entry | None:
-    """None where a note is damaged: the document is then indexed again."""
-    try:
-        found = json.loads(data)
-        return Entry(found["id"], found["content"], int(found["tokens"]), tuple(found["runs"]))
-    except (ValueError, TypeError, KeyError):
-        return None

@@ -173,6 +173,54 @@ def test_documents_that_are_removed_are_gone(open_one: Callable[[], Ouroboros], 
             assert erased not in data and kept in data
 
 
+class Interrupted(BaseException):
+    """As whoever waits for the end gives up."""
+
+
+def interrupt(_: int) -> None:
+    raise Interrupted
+
+
+@pytest.fixture
+def replacing(open_one: Callable[[], Ouroboros], monkeypatch: pytest.MonkeyPatch) -> Ouroboros:
+    """In the middle of replacing a document of a corpus; the rest is seen by another process."""
+    monkeypatch.setattr("ouroboros_llm.corpus._FLUSHED", 1)
+    ouroboros = open_one()
+    ouroboros.index_documents({"b": "The phoenix has a secret."}, scope=SCOPE)
+    with pytest.raises(Interrupted):
+        ouroboros.index_documents({"b": TEXTS["b"], "c": TEXTS["c"]}, scope=SCOPE, advance=interrupt)
+    assert set(matches(ouroboros, "The phoenix ")) == {"has a secret.", "rises."}
+    return open_one()
+
+
+def test_a_replacement_that_was_interrupted_is_finished_by_the_next_call(replacing: Ouroboros) -> None:
+    replacing.index_documents({"a": TEXTS["a"]}, scope=SCOPE)
+    assert matches(replacing, "The phoenix ") == ["rises."]
+    assert set(corpus(replacing).entries()) == {"a", "b"}
+
+
+def test_a_document_can_be_removed_whose_replacement_was_interrupted(replacing: Ouroboros) -> None:
+    assert replacing.remove_documents(["b"], scope=SCOPE) == 1
+    assert matches(replacing, "The phoenix ") == []
+    assert replacing._corpora.open(SCOPE).stats.runs == 0
+    assert replacing.index_documents(TEXTS, scope=SCOPE).added == 3, "it is a corpus all the same"
+
+
+def test_a_replacement_that_was_interrupted_can_be_taken_back(replacing: Ouroboros) -> None:
+    assert replacing.index_documents({"b": "The phoenix has a secret."}, scope=SCOPE).added == 1
+    assert matches(replacing, "The phoenix ") == ["has a secret."]
+
+
+@pytest.mark.parametrize("damage", [b"{", b"[1]", b'{"id": 1}'])
+def test_a_corpus_is_one_whatever_became_of_its_notes(ouroboros: Ouroboros, damage: bytes) -> None:
+    ouroboros.index_documents({"b": TEXTS["b"]}, scope=SCOPE)
+    found = corpus(ouroboros)
+    found._pool.remember({found.entries()["b"].name: damage})
+    assert ouroboros.index_documents({"b": TEXTS["b"]}, scope=SCOPE).added == 1
+    assert ouroboros.remove_documents(["b"], scope=SCOPE) == 1
+    assert matches(ouroboros, "The phoenix ") == []
+
+
 def test_a_text_without_an_id_has_that_of_what_it_says(ouroboros: Ouroboros) -> None:
     indexed = ouroboros.index_documents([*TEXTS.values(), TEXTS["a"]], scope=SCOPE)
     assert len(set(indexed.ids)) == 3 == indexed.added
