@@ -12,6 +12,7 @@ from platformdirs import user_data_path
 
 if TYPE_CHECKING:
     from .ouroboros import Ouroboros
+    from .quantization import Quantization
     from .target.prepared import Kind
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -39,7 +40,7 @@ def default_store() -> str:
     return url or f"sqlite:///{user_data_path('ouroboros-llm', appauthor=False) / 'phrases.db'}"
 
 
-_weights: dict[tuple[str, str, str], Any] = {}
+_weights: dict[tuple[str, str, str, str | None], Any] = {}
 _shared: dict[tuple[object, ...], Ouroboros] = {}
 _lock = threading.RLock()
 
@@ -50,6 +51,7 @@ def shared(
     draft_model: str | Path | None = None,
     device: str = "auto",
     dtype: Any = "auto",
+    quantization: Quantization | None = None,
     store: Any = DEFAULT_STORE,
     target: Kind = "auto",
 ) -> Ouroboros:
@@ -66,12 +68,13 @@ def shared(
         str(draft_model),
         device,
         str(dtype),
+        quantization,
         store,
         target,
     )
     with _lock:
         if key not in _shared:
-            loaded = _load(name, device, dtype)
+            loaded = _load(name, device, dtype, quantization)
             draft = _load(str(draft_model), device, dtype) if draft_model is not None else None
             pair = (draft.model, draft.tokenizer) if draft is not None else None
             ouroboros = Ouroboros(loaded.model, loaded.tokenizer, draft_model=pair, store=store, target=target)
@@ -80,10 +83,10 @@ def shared(
         return _shared[key]
 
 
-def _load(name: str, device: str, dtype: Any) -> Any:
+def _load(name: str, device: str, dtype: Any, quantization: Quantization | None = None) -> Any:
     from . import models
 
-    key = (name, device, str(dtype))
+    key = (name, device, str(dtype), quantization)
     if key not in _weights:
-        _weights[key] = models.load(name, device=device, dtype=dtype)
+        _weights[key] = models.load(name, device=device, dtype=dtype, quantization=quantization)
     return _weights[key]

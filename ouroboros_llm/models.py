@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .quantization import Quantization
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 # Folders hold other formats of the same weights, and so does the file that Mistral's repositories add.
@@ -70,30 +72,45 @@ def _unknown(name: str) -> UnknownModelError:
     )
 
 
-def load(name: str | Path, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> LoadedModel:
+def load(
+    name: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    quantization: Quantization | None = None,
+) -> LoadedModel:
     """A model and its tokenizer, ready to run.
 
     Args:
         name: see `resolve`.
         device: "auto" is a CUDA device if there is one, else the CPU; or what `torch.device` takes.
         dtype: "float32", "bfloat16", "float16", or the torch dtype of that name. "auto": see `_auto_dtype`.
+        quantization: "int8" or "int4" keeps the weights of linear layers in so many bits; None: as they are.
 
     Raises:
-        OptionError: no such device or dtype. UnknownModelError, ModelDownloadError: see `resolve`.
+        OptionError: no such device, dtype or quantization. UnknownModelError, ModelDownloadError: see `resolve`.
+        ModelError: cannot be loaded, or has nothing to quantize.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from .quantization import check_quantization, quantize
+
+    check_quantization(quantization)
     place = _device(torch, device)
     number = _dtype(torch, dtype, place)
     folder = resolve(name)
-    console.print(f"loading {name} ({str(number).removeprefix('torch.')}, {place})")
+    kind = str(number).removeprefix("torch.") + (f", {quantization}" if quantization else "")
+    console.print(f"loading {name} ({kind}, {place})")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=number)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"model {str(name)!r} cannot be loaded as a causal language model: {reason}") from error
+    if quantization is not None:
+        # Layer by layer on the device, which need not have room for the whole weights.
+        quantize(model, quantization, place)
     model = model.to(place)
     return LoadedModel(model.train(False), tokenizer, str(name))
 

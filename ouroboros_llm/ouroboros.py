@@ -21,6 +21,7 @@ from .memory_pool import MemorySource
 from .model_sessions import ModelSessions
 from .options import DecodingOptions, check_whole, spread
 from .phrases import PhrasePool, PoolSource, check_scope, check_scopes
+from .quantization import Quantization
 from .request import Request, Steps
 from .scopes import current_scope
 from .session import Session
@@ -143,14 +144,16 @@ class Ouroboros:
         draft_model: Any = None,
         device: str = "auto",
         dtype: Any = "auto",
+        quantization: Quantization | None = None,
         store: Any = None,
         target: Kind = "auto",
         documents: PhrasePool | None = None,
     ) -> Ouroboros:
-        """Load a model by registry name, local path or hub id. See `Ouroboros` and `models.load` for the arguments."""
+        """Load a model by registry name, local path or hub id. See `Ouroboros` and `models.load` for the arguments;
+        `quantization` is the target model's, a draft model named here stays as it is."""
         from . import models
 
-        loaded = models.load(name, device=device, dtype=dtype)
+        loaded = models.load(name, device=device, dtype=dtype, quantization=quantization)
         ouroboros = cls(
             loaded.model, loaded.tokenizer, draft_model=draft_model, store=store, target=target, documents=documents
         )

@@ -57,7 +57,14 @@ class OuroborosModel(OuroborosFields):
         """The model, loaded by the first call in the process that needs it."""
         if self.ouroboros is not None:
             return self.ouroboros  # type: ignore[no-any-return]  # any object with its methods will do
-        return shared(self.model, draft_model=self.draft_model, device=self.device, dtype=self.dtype, store=self.store)
+        return shared(
+            self.model,
+            draft_model=self.draft_model,
+            device=self.device,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            store=self.store,
+        )
 
     def _dice(self) -> str | None:
         """What tells a sample from another one of the same prompt; None where they are the same."""
@@ -114,6 +121,8 @@ class OuroborosModel(OuroborosFields):
         params = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
         if self.dtype != "auto":
             params["dtype"] = str(self.dtype)
+        if self.quantization is not None:
+            params["quantization"] = self.quantization
         if self.ouroboros is not None:  # weights may have changed since they got their name
             params["weights"] = str(getattr(self.ouroboros, "model_fingerprint", None))
         return {"model": self.model, **params, "stop": self._stop(None)}

@@ -54,6 +54,8 @@ class OuroborosFields(BaseLanguageModel[Any]):
     """A smaller model of the same vocabulary that drafts too: registry name, local path or hub id."""
     device: str = "auto"
     dtype: Any = "auto"
+    quantization: Literal["int8", "int4"] | None = None
+    """Bits of the weights of linear layers; unset: as `dtype` says."""
     store: Any = Field(default=DEFAULT_STORE, exclude=True, repr=False)
     """Where phrases are kept: a URL, a SQLAlchemy engine or a `PhraseStore`; None keeps nothing on disk.
     Unset: `$OUROBOROS_STORE`, else `phrases.db` in the user's data folder."""
@@ -160,7 +162,8 @@ class OuroborosFields(BaseLanguageModel[Any]):
 
     def _check_prebuilt(self, ouroboros: Ouroboros) -> None:
         given = {"draft_model": self.draft_model is not None, "device": self.device != "auto"}
-        given |= {"dtype": self.dtype != "auto", "model": self.model != ouroboros.name}
+        given |= {"dtype": self.dtype != "auto", "quantization": self.quantization is not None}
+        given |= {"model": self.model != ouroboros.name}
         in_memory = self.store is None and isinstance(ouroboros.store, MemorySource)
         given |= {"store": not (in_memory or self.store is DEFAULT_STORE or self.store is ouroboros.store)}
         for name in (name for name, contradicts in given.items() if contradicts):

@@ -68,9 +68,10 @@ class ChatOuroboros(OuroborosModel, BaseChatModel):
         drafters: Where guesses may come from.
         draft_model: A smaller model of the same vocabulary that drafts too.
         device, dtype: Where and in what precision to run.
-        ouroboros: An `Ouroboros` that you built yourself, in place of model, draft_model, device, dtype and store.
+        quantization: "int8" or "int4" keeps the weights of linear layers in so many bits.
+        ouroboros: An `Ouroboros` that you built yourself, in place of the arguments that load one.
 
-    All of these but store, draft_model, device, dtype and ouroboros can be given to a call too, or bound:
+    All of these but store, draft_model, device, dtype, quantization and ouroboros can be given to a call too, or bound:
     `model.bind(scope="conversation:42")`. Scopes appear neither in traces nor in cache keys.
 
     Instantiate:

@@ -15,6 +15,7 @@ from ..device_memory import free_bytes, let_go
 from ..models import LoadedModel
 from ..ouroboros import Ouroboros
 from ..packaged import cache_folder, registry
+from ..quantization import Quantization, quantize
 from .device import bandwidth
 from .gpu_tables import markdown
 from .methods import PLAIN, build_methods
@@ -56,6 +57,7 @@ class Settings:
     prompts: Path | None = None
     device: str = "auto"
     dtype: str = "bfloat16"
+    quantization: Quantization | None = None
     length: int = 512
     repeats: int = 20
     tokens: int = 64
@@ -103,6 +105,8 @@ def _shape(
         return {"skipped": f"needs {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free"}
     told(f"{name}: {shape.parameters / 1e9:.2f} billion parameters")
     model = random_model(shape, device, dtype, positions=max(4096, 2 * settings.length))
+    if settings.quantization is not None:
+        quantize(model, settings.quantization)
     try:
         return measure_steps(
             model,
@@ -123,7 +127,7 @@ def _weights(
         if not _here(name):
             yield {"model": name, "skipped": "its weights are not on this machine"}
             continue
-        loaded = models.load(name, device=device, dtype=settings.dtype)
+        loaded = models.load(name, device=device, dtype=settings.dtype, quantization=settings.quantization)
         draft = (
             models.load(draft_name, device=device, dtype=settings.dtype) if draft_name and _here(draft_name) else None
         )
@@ -187,6 +191,7 @@ def _conditions(settings: Settings, device: torch.device, dtype: torch.dtype, st
     except ImportError:
         pass
     return {
+        "quantization": settings.quantization,
         "length": settings.length,
         "repeats": settings.repeats,
         "tokens": settings.tokens,

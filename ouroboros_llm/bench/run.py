@@ -14,6 +14,7 @@ import torch
 from .. import models
 from ..models import LoadedModel
 from ..ouroboros import Ouroboros
+from ..quantization import Quantization
 from .methods import build_methods, choose_methods
 from .prompts import read_prompts
 from .report import machine, summarize
@@ -41,6 +42,7 @@ class Settings:
     repeats: int = 1
     dtype: str = "auto"
     device: str = "auto"
+    quantization: Quantization | None = None
     threads: int | None = None
 
 
@@ -100,7 +102,9 @@ def _loaded(settings: Settings) -> Iterator[tuple[Ouroboros, LoadedModel | None]
     """The models, one copy of each."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    target = models.load(settings.model, device=settings.device, dtype=settings.dtype)
+    target = models.load(
+        settings.model, device=settings.device, dtype=settings.dtype, quantization=settings.quantization
+    )
     draft = None
     if settings.draft:
         draft = models.load(settings.draft, device=target.model.device, dtype=target.model.dtype)
@@ -113,6 +117,7 @@ def _loaded(settings: Settings) -> Iterator[tuple[Ouroboros, LoadedModel | None]
 def _conditions(settings: Settings, methods: list[str], ouroboros: Ouroboros, started: datetime) -> dict[str, Any]:
     return {
         "model": ouroboros.name,
+        "quantization": settings.quantization,
         "draft": settings.draft,
         "prompts": settings.prompts.name,
         "categories": list(settings.category),

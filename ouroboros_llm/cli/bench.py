@@ -44,6 +44,7 @@ AT_LEAST_ONE = click.IntRange(min=1)
 @click.option("--max-new-tokens", type=AT_LEAST_ONE, default=128, show_default=True, help="Length of an answer.")
 @click.option("--repeats", type=AT_LEAST_ONE, default=1, show_default=True, help="Times that everything is asked.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@click.option("--quantization", type=click.Choice(["int8", "int4"]), help="Bits of the weights of linear layers.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--threads", type=AT_LEAST_ONE, help="CPU threads of torch.")
 @click.option(
@@ -103,6 +104,7 @@ def bench(as_json: bool, **options: Any) -> None:
 @click.option("--limit", type=AT_LEAST_ONE, help="Prompts at most.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="float32, bfloat16 or float16.")
+@click.option("--quantization", type=click.Choice(["int8", "int4"]), help="Bits of the weights of linear layers.")
 @click.option(
     "--length", type=AT_LEAST_ONE, default=512, show_default=True, help="Tokens of text behind which passes are made."
 )

@@ -31,7 +31,7 @@ from ouroboros_llm.scopes import corpus_of, current_scope
 from .asking import our_names
 from .scopes import tagged_scope
 
-_LOADING = ("draft_model", "device", "dtype", "store")
+_LOADING = ("draft_model", "device", "dtype", "quantization", "store")
 _OPTIONS = (
     "temperature",
     "max_tokens",
@@ -68,6 +68,9 @@ class ConfiguredLLM(FunctionCallingLLM):
     )
     device: str = Field(default="auto", description="Where the model runs, e.g. 'cpu' or 'cuda:0'.")
     dtype: str = Field(default="auto", description="Precision of the weights, e.g. 'float32' or 'bfloat16'.")
+    quantization: Literal["int8", "int4"] | None = Field(
+        default=None, description="Bits of the weights of linear layers; unset: as dtype says."
+    )
     store: Any = Field(
         default=DEFAULT_STORE,
         description="Where phrases are kept: a URL, a SQLAlchemy engine or a PhraseStore; None: in memory; "
@@ -90,7 +93,7 @@ class ConfiguredLLM(FunctionCallingLLM):
     )
     ouroboros: Any = Field(
         default=None,
-        description="A prebuilt Ouroboros, instead of model, draft_model, device, dtype and store.",
+        description="A prebuilt Ouroboros, instead of the fields that load one.",
         exclude=True,
         repr=False,
     )
