@@ -87,7 +87,8 @@ def tools() -> Iterator[tuple[dict[str, Any], str]]:
     """A hundred tools of different parameters, and something to say with each."""
     names = list(KINDS)
     for number in range(100):
-        chosen = [names[(number * step + step) % len(names)] for step in range(1, 2 + number % 4)]
+        # A name that comes twice is one parameter.
+        chosen = list(dict.fromkeys(names[(number * step + step) % len(names)] for step in range(1, 2 + number % 4)))
         parameters = {"type": "object", "properties": {name: KINDS[name] for name in chosen}, "required": chosen}
         function = {"name": f"tool_{number}", "description": f"Takes {', '.join(chosen)}.", "parameters": parameters}
         yield {"type": "function", "function": function}, QUESTIONS[number % len(QUESTIONS)]
@@ -105,4 +106,5 @@ def test_a_hundred_forced_calls_parse_and_validate() -> None:
         seen.add(json.dumps(call["args"], ensure_ascii=False))
         tokens += message.usage_metadata["output_tokens"]
         forwards += message.response_metadata["ouroboros"]["target_forwards"]
+    assert number == 99
     print(f"{len(seen)} different calls, {tokens} tokens in {forwards} passes")
