@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from conftest import byte_tokenizer, tiny_model
 from llama_index.core import Document
-from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.ingestion import IngestionPipeline
+from llama_index.core.node_parser import HierarchicalNodeParser, MarkdownNodeParser, SentenceSplitter, get_leaf_nodes
 from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
 from test_corpus import BIAS, OPTIONS, PROMPT, ask, corpus, matches
 from test_llama_index_scopes import asking
@@ -67,6 +68,48 @@ def test_nodes_of_a_document_are_one(llm: OuroborosLLM, ouroboros: Ouroboros) ->
     assert llm.remove_documents("news") == 1
     assert llm.remove_documents([nodes[0], nodes[1], "nothing"]) == 1
     assert corpus(ouroboros).entries() == {}
+
+
+FACTS = [f"Whoever squares {number} gets {number * number}." for number in range(200)]
+CHAPTERS = "".join(
+    f"# Chapter {first}\n\n" + "\n\n".join(FACTS[first : first + 50]) + "\n\n" for first in range(0, 200, 50)
+)
+PARSERS = {
+    "sentences": SentenceSplitter(chunk_size=64, chunk_overlap=20),
+    "hierarchy": HierarchicalNodeParser.from_defaults(chunk_sizes=[512, 128, 64], chunk_overlap=20),
+    "one after the other": IngestionPipeline(
+        transformations=[MarkdownNodeParser(), SentenceSplitter(chunk_size=64, chunk_overlap=20)],
+        disable_cache=True,
+    ),
+}
+
+
+def parsed(parser: str, text: str) -> list[Any]:
+    documents, found = [Document(text=text, doc_id="manual")], PARSERS[parser]
+    if isinstance(found, IngestionPipeline):
+        return list(found.run(documents=documents))
+    return list(found.get_nodes_from_documents(documents))
+
+
+@pytest.mark.parametrize("parser", [*PARSERS, "leaves"])
+def test_nothing_is_lost_wherever_nodes_say_that_they_stand(parser: str) -> None:
+    nodes = get_leaf_nodes(parsed("hierarchy", CHAPTERS)) if parser == "leaves" else parsed(parser, CHAPTERS)
+    texts = texts_by_document(nodes)
+    assert set(texts) == {"manual"}
+    assert [fact for fact in FACTS if not any(fact in text for text in texts["manual"])] == []
+
+
+def test_what_overlaps_is_put_together_again() -> None:
+    assert texts_by_document(parsed("sentences", MANUAL)) == {"manual": [MANUAL]}
+    assert texts_by_document(parsed("hierarchy", MANUAL)) == {"manual": [MANUAL]}
+
+
+def test_nodes_that_were_edited_are_whole() -> None:
+    nodes = parsed("sentences", MANUAL)
+    for number, node in enumerate(nodes):
+        node.set_content(f"Page {number}: {node.text}")
+    texts = texts_by_document(nodes)["manual"]
+    assert all(any(node.text in text for text in texts) for node in nodes)
 
 
 def test_documents_by_new_ids_are_the_same(llm: OuroborosLLM, ouroboros: Ouroboros) -> None:
