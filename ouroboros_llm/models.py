@@ -145,7 +145,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 def local_context_length(name: str | Path) -> int | None:
     """Tokens that a model's context holds, from files that are on this machine already; None where they do not say."""
     try:
-        folder = _local(str(name))
+        folder = local_folder(name)
         config = json.loads((folder / "config.json").read_text()) if folder is not None else {}
     except (OSError, ValueError, UnknownModelError):
         return None
@@ -154,6 +154,16 @@ def local_context_length(name: str | Path) -> int | None:
             if isinstance(settings.get(key), int):
                 return int(settings[key])
     return None
+
+
+def local_folder(name: str | Path) -> Path | None:
+    """The folder of a model whose files are on this machine already, its weights perhaps not; None where they are not.
+
+    Raises:
+        UnknownModelError: see `resolve`.
+    """
+    folder = _local(str(name))
+    return folder if folder is not None and (folder / "config.json").is_file() else None
 
 
 def _local(name: str) -> Path | None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..draft_tree import DraftTree
 from ..errors import ModelError
+from ..model_facts import context_length_of
 from .base import KeptTarget
 from .eager import EagerTarget, kind_of
 from .packing import Packer
@@ -67,18 +68,13 @@ class PreparedModel:
     @property
     def context_length(self) -> int | None:
         """Tokens of prompt and output together at most; None where the model names no limit."""
-        return _context_length(self.model)
+        return context_length_of(self.model.config)
 
     def start(self, *, marks: bool = False) -> KeptTarget:
         """A target that has read nothing yet; `marks`: it will be asked to come back to the end of a prompt."""
         if self.probe.branching == "none":
             return StepwiseTarget(self.model, self.probe.continues, marks=marks)
         return _target(self.model, self.way, marks=marks)
-
-
-def _context_length(model: PreTrainedModel) -> int | None:
-    length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return int(length) if length else None
 
 
 @dataclass(eq=False)
@@ -175,7 +171,7 @@ def _faster(model: PreTrainedModel, known: _Known) -> Way:
 
 def _wins(one: EagerTarget, other: EagerTarget) -> bool:
     """Whether passes of `one` are faster than those of `other` every time that they run one after the other."""
-    context = (_context_length(one.model) or 256) - max(_RACED)
+    context = (context_length_of(one.model.config) or 256) - max(_RACED)
     for target in (one, other):
         target.prefill((1,) * max(1, min(128, context)))
         target.keep((0,))

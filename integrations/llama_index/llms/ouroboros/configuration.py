@@ -19,16 +19,16 @@ from llama_index.core.bridge.pydantic import (
     model_serializer,
     model_validator,
 )
-from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 
 from ouroboros_llm import DecodingOptions, OptionError, Ouroboros
 from ouroboros_llm.defaults import DEFAULT_STORE, default_model, shared
-from ouroboros_llm.ouroboros import DEFAULT_MAX_NEW_TOKENS
+from ouroboros_llm.model_facts import ModelFacts, facts_of
 from ouroboros_llm.replies.asked import REPLY_SETTINGS
 from ouroboros_llm.scopes import corpus_of, current_scope
 
 from .asking import our_names
+from .metadata import loaded_facts, metadata_of
 from .scopes import tagged_scope
 
 _LOADING = ("draft_model", "device", "dtype", "quantization", "store")
@@ -139,12 +139,10 @@ class ConfiguredLLM(FunctionCallingLLM):
     )
 
     _loaded: Ouroboros | None = PrivateAttr(default=None)
+    _facts: ModelFacts | None = PrivateAttr(default=None)
 
     def load(self) -> Ouroboros:
         """The `Ouroboros` that answers, loaded by the first call that needs it.
-
-        Loading may take a while. Call this before an event loop starts if `metadata` is read in it, as `apredict` and
-        query engines do.
 
         Raises:
             ModelError: the model is unknown, cannot be had, or does not fit the draft model.
@@ -157,22 +155,23 @@ class ConfiguredLLM(FunctionCallingLLM):
 
     @property
     def metadata(self) -> LLMMetadata:
-        """What the model can do. Loads the model."""
-        ouroboros = self.load()
-        window = self.context_window or ouroboros.context_length or DEFAULT_CONTEXT_WINDOW
-        default = ouroboros.model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-        return LLMMetadata(
-            context_window=window,
-            # Prompts are packed into what the output leaves; a default must leave room in a small context too.
-            num_output=min(self.max_tokens or default, window // 2),
-            is_chat_model=bool(ouroboros.tokenizer.chat_template),
-            is_function_calling_model=bool(ouroboros.tokenizer.chat_template),
-            model_name=ouroboros.name,
-        )
+        """What the model can do. Reads its configuration and loads nothing, as agents and `apredict` ask for it on the
+        event loop; a model that is not on this machine yet is fetched then, unless `load` did before.
+
+        Raises:
+            ModelError: as `load`.
+        """
+        ouroboros = self._loaded or self.ouroboros
+        if ouroboros is not None:
+            return metadata_of(loaded_facts(ouroboros), ouroboros.name, self.max_tokens, self.context_window)
+        name = self.model or default_model()
+        if self._facts is None:
+            self._facts = facts_of(name)
+        return metadata_of(self._facts, name, self.max_tokens, self.context_window)
 
     def to_payload(self) -> dict[str, Any]:
-        """For traces. Does not load the model, as callbacks ask for it on the event loop."""
-        if self._loaded is None and self.ouroboros is None:
+        """For traces. Looks for no model, as callbacks ask for it on the event loop."""
+        if self._loaded is None and self.ouroboros is None and self._facts is None:
             return {"class_name": self.class_name(), "model_name": self.model or default_model()}
         return {"class_name": self.class_name(), **self.metadata.model_dump()}
 
