@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from .draft_tree import MAX_WIDTH, DraftTree
 from .drafting.base import Budget, Drafter, Round, Successors
-from .target.base import Branching, Pass, TargetModel, ask
-from .verification import Chooser, accept
+from .target.base import Branching, Greedy, Pass, TargetModel, Walked, ask
+from .verification import Choose, Chooser, accept
 
 if TYPE_CHECKING:
     import torch
@@ -60,11 +60,11 @@ class Decoder:
         branching = self.target.prefill_branching if self._prefill_drafts else "none"
         draft = self._draft(context, left, branching, end_token_ids, prefill_cost(self.target.cost))
         before = PROMPT_POSITIONS if self._successors else 0
-        logits = yield from ask(Pass(self.target, draft, context, before))
-        read, logits = self._read(context, logits[: -draft.width]), logits[-draft.width :]
+        found = yield from ask(Pass(self.target, draft, context, before))
+        assert not isinstance(found, Walked)  # it would know nothing of the text before the root
+        read, found = self._read(context, found[: -draft.width]), found[-draft.width :]
         while True:
-            likeliest, successors = likeliest_tokens(logits, self._successors)
-            choose = sampler.chooser(logits, likeliest, context)
+            likeliest, successors, choose = self._choices(found, sampler, context)
             accepted = accept(draft, choose, limit=left, end_token_ids=end_token_ids)
             self.target.keep(accepted.path)
             context += accepted.token_ids
@@ -78,7 +78,17 @@ class Decoder:
             # A choice that was left open is decided by a pass over its token alone.
             branching = self.target.branching if accepted.token_ids else "none"
             draft = self._draft(context, left, branching, end_token_ids, self.target.cost)
-            logits = yield from ask(Pass(self.target, draft))
+            greedy = Greedy(left, end_token_ids, self._successors) if sampler.plain else None
+            found = yield from ask(Pass(self.target, draft, greedy=greedy))
+
+    def _choices(
+        self, found: torch.Tensor | Walked, sampler: Chooser, context: Sequence[int]
+    ) -> tuple[list[int], tuple[Successors, ...], Choose]:
+        """Per node of a pass the likeliest token, the likeliest few, and the target's choices."""
+        if isinstance(found, Walked):
+            return found.likeliest, found.successors, lambda node, _: found.likeliest[node]
+        likeliest, successors = likeliest_tokens(found, self._successors)
+        return likeliest, successors, sampler.chooser(found, likeliest, context)
 
     def _read(self, context: Sequence[int], logits: torch.Tensor) -> tuple[tuple[int, Successors], ...]:
         """The tokens before the root whose logits [n, vocabulary] a prefill gave, with their successors."""

@@ -54,9 +54,9 @@ class QuantizedLinear(nn.Module):
         group = next((size for size in GROUPS if not self.in_features % size), None) if kind == "int4" else None
         self.group = group or self.in_features
         made = _in_eight_bits(weight) if group is None else _in_four_bits(weight, group)
-        self.numbers, self.scales, self.zeros = (
-            None if part is None else nn.Parameter(part, requires_grad=False) for part in made
-        )
+        self.numbers: torch.Tensor = nn.Parameter(made[0], requires_grad=False)
+        self.scales: torch.Tensor = nn.Parameter(made[1], requires_grad=False)
+        self.zeros = None if made[2] is None else nn.Parameter(made[2], requires_grad=False)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """[.., outputs] of states [.., inputs]."""

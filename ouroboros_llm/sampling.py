@@ -41,6 +41,10 @@ class Sampler:
         self._processors, self._generator, self._sample, self._margin = tuple(processors), generator, sample, margin
         self._constraint = constraint
 
+    @property
+    def plain(self) -> bool:
+        return not (self._processors or self._sample or self._margin > 0)
+
     def chooser(self, logits: torch.Tensor, likeliest: Sequence[int], context: Sequence[int]) -> Choose:
         plain = not (self._processors or self._sample)
         wary = self._margin > 0 and len(logits) > 1

@@ -18,6 +18,10 @@ Choose = Callable[[int, list[int]], int | None]
 class Chooser(Protocol):
     """Makes the target's choices; `Sampler` is the one for users."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether every choice is the likeliest token, whatever the text."""
+
     def chooser(self, logits: torch.Tensor, likeliest: Sequence[int], context: Sequence[int]) -> Choose:
         """How to choose after the nodes of one pass.
 

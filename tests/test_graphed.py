@@ -7,6 +7,7 @@ import ctypes
 import math
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from ouroboros_llm.decoder import Decoder, _fetched, likeliest_tokens
 from ouroboros_llm.draft_tree import MAX_WIDTH, DraftTree, TreeBuilder
 from ouroboros_llm.sampling import Sampler
 from ouroboros_llm.target.attention import Nodes, Placed, attend
+from ouroboros_llm.target.base import Greedy
 from ouroboros_llm.target.cache import SlotLayer
 from ouroboros_llm.target.clock import Clock
 from ouroboros_llm.target.eager import EagerTarget
@@ -99,6 +101,18 @@ def by_address(
     return attend(query, *buffers, nodes.seen(sees, slots), scaling, softcap, sinks)
 
 
+def move_by_address(placed: Placed, order: torch.Tensor, places: torch.Tensor, like: torch.Tensor, heads: int) -> None:
+    length, slots, width = int(placed.length), int(placed.capacity), len(order)
+    for address in placed.buffers[places].tolist():
+        shape = (heads, slots, len(like))
+        memory = (ctypes.c_float * math.prod(shape)).from_address(address)
+        buffer = torch.frombuffer(memory, dtype=torch.float32).view(shape)
+        buffer[:, length : length + width] = buffer[:, length + order].clone()
+
+
+ByAddress = SimpleNamespace(attend_in_place=by_address, move_nodes=move_by_address)
+
+
 def close(left: torch.Tensor, right: torch.Tensor) -> bool:
     return bool(torch.allclose(left.float().cpu(), right.float().cpu(), atol=1e-3, rtol=1e-3))
 
@@ -123,16 +137,19 @@ def test_the_widest_is_recorded_first_and_each_width_once() -> None:
     recorder, made = Repeating(), list[int]()
     recordings = Recordings(recorder)
 
-    def step(width: int) -> torch.Tensor:
+    def step(width: int) -> tuple[torch.Tensor, torch.Tensor]:
         made.append(width)
-        return torch.full((width, 3), float(len(made)))
+        return torch.full((width, 3), float(len(made))), torch.full((2 * width + 1,), len(made))
 
     for width in (8, 8, 1, 8):
         assert not recordings.complete(1) or width != 1
-        logits = recordings.run(width, step)
+        logits, row = recordings.run(width, step)
         assert logits.shape == (width, 3) and float(logits[0, 0]) == len(made)
+        assert row.shape == (2 * width + 1,) and set(row.tolist()) == {len(made)}
     assert recorder.recorded == 3 and recorder.replayed == 4
     assert made[:2] == [MAX_WIDTH] * 2 and recordings.complete(8) and not recordings.complete(4)
+    recordings.run(8, step, "another")
+    assert recorder.recorded == 5 and recordings.complete(8, "another") and not recordings.complete(1, "another")
 
 
 def test_what_cannot_be_recorded_is_said_once_and_made_anew() -> None:
@@ -140,7 +157,7 @@ def test_what_cannot_be_recorded_is_said_once_and_made_anew() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
-            assert recordings.run(4, lambda width: torch.ones(width, 2)).shape == (4, 2)
+            assert recordings.run(4, lambda width: (torch.ones(width, 2),))[0].shape == (4, 2)
     (warning,) = caught
     assert "operation not permitted when stream is capturing)" in str(warning.message)
     assert recordings.complete(4)
@@ -153,7 +170,7 @@ def test_memory_that_runs_out_is_no_reason_to_stop_recording() -> None:
 
     recordings = Recordings(Full())
     with pytest.raises(torch.OutOfMemoryError):
-        recordings.run(4, lambda width: torch.ones(width, 2))
+        recordings.run(4, lambda width: (torch.ones(width, 2),))
     assert not recordings.complete(4)
 
 
@@ -266,7 +283,7 @@ def test_reaches_are_told_apart_by_the_library_s_own_predicates() -> None:
 
 @pytest.mark.parametrize("architecture", STATIC)
 def test_one_recording_serves_every_text(architecture: str) -> None:
-    check_recording(architecture, InPlace(by_address))
+    check_recording(architecture, InPlace(ByAddress))
 
 
 def test_one_recording_by_the_kernels_does_so_too(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +312,7 @@ def check_recording(architecture: str, attention: InPlace, recordings: int = 2) 
 
 
 def test_layers_that_share_keys_are_left_to_the_library() -> None:
-    attention, nodes = InPlace(by_address), Nodes(1, CPU, 2)
+    attention, nodes = InPlace(ByAddress), Nodes(1, CPU, 2)
     states = torch.zeros(1, 1, 1, 8)
     layer = attention.layer(1, SlotLayer(), nodes, False)
     layer.update(states, states)
@@ -308,14 +325,14 @@ def test_layers_that_share_keys_are_left_to_the_library() -> None:
 def test_a_model_is_probed_by_recorded_passes_too() -> None:
     """Whose logits are overwritten by the next."""
     model = tiny_model()
-    found = probe_static(model, StaticForward(model, InPlace(by_address), Repeating()), Probe("tree", 9.0))
+    found = probe_static(model, StaticForward(model, InPlace(ByAddress), Repeating()), Probe("tree", 9.0))
     assert 0 < found.margin < 1e-3
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_mixed", "gpt_oss", "gpt2"])
 def test_recorded_passes_change_no_token(architecture: str) -> None:
     model = tiny_model(architecture)
-    static = StaticForward(model, InPlace(by_address), Repeating())
+    static = StaticForward(model, InPlace(ByAddress), Repeating())
     prompt = byte_tokenizer()("abcabcabcabc, the cat sat on the mat, the cat")["input_ids"]
     for width in (5, 64, None):
         decoder = Decoder(EagerTarget(model, "tree", static=static), blend(), width=width, successors=8)
@@ -365,16 +382,16 @@ def test_a_greedy_round_waits_for_the_device_once() -> None:
 
     model = copy.deepcopy(tiny_model()).to("cuda")
     target = read(prepare(model).start(), TEXT)  # type: ignore[arg-type]
+    greedy, static = Greedy(9, {2}, 8), target.static
     for _ in range(2):
-        likeliest_tokens(target.verify(TREE), 8)
-        target.keep((0, 2, 4))
+        found = target.walk(TREE, greedy)
+        target.keep(found.path)  # type: ignore[union-attr]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        logits = target.verify(TREE)
-        target.keep((0, 2, 4))
+        row = static.walk(TREE, len(target.token_ids), target.cache, greedy)  # type: ignore[union-attr,arg-type]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert bool(logits.isfinite().all())
+    assert len(row.tolist()) == 1 + 8 + 2 * 8 * 8
 
 
 @pytest.mark.gpu

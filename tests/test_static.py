@@ -23,9 +23,9 @@ from ouroboros_llm.target.base import Pass
 from ouroboros_llm.target.cache import SlotCache, roomy
 from ouroboros_llm.target.eager import EagerTarget
 from ouroboros_llm.target.head import Float32Head, put_float32_head
-from ouroboros_llm.target.pass_times import WIDTHS, PassTimes
+from ouroboros_llm.target.pass_times import WIDTHS, PassTimes, padded
 from ouroboros_llm.target.prepared import PreparedModel, prepare
-from ouroboros_llm.target.static import StaticForward, padded
+from ouroboros_llm.target.static import StaticForward
 from ouroboros_llm.target.twin import twin_of
 
 pytestmark = pytest.mark.clock

@@ -14,8 +14,10 @@ from ..draft_tree import DraftTree, TreeBuilder
 from ..drafting.base import NoDrafts
 from ..drafting.recycling import KEPT
 from ..sampling import Sampler
+from ..target.base import Greedy, Pass, Walked
 from ..target.pass_times import WIDTHS
 from ..target.prepared import PreparedModel, prepare
+from ..verification import accept
 from .device import profile, seconds_of
 from .shapes import bytes_read
 
@@ -69,25 +71,40 @@ def _our_step(prepared: PreparedModel, text: list[int]) -> Callable[[int], objec
 
 
 def _our_round(prepared: PreparedModel, text: list[int], width: int) -> Callable[[], object]:
-    """A round without drafting: verify, fetch what the target chooses, keep half of the nodes, which are not the first
-    ones, so that keys and values are moved."""
-    target = prepared.start()
+    """A greedy round without drafting: verify, choose and keep. Half of the nodes are accepted, every one of them behind
+    a wrong guess, so that keys and values are moved."""
+    target, greedy = prepared.start(), Greedy(width, successors=KEPT)
     target.prefill(text)
     target.keep((0,))
-    builder = TreeBuilder(1, width)
-    for token_id in (1, 2):
-        last = builder.add(0, token_id, 1.0, "")
-    while builder.room and last is not None:
-        last = builder.add(last, 1, 1.0, "")
-    draft, path = builder.build(), (0, *range(2, width // 2 + 1))
+    draft = DraftTree.root(1)
+    while draft.width + 2 <= width:
+        draft = _longer(draft, Pass(target, draft).make())
+        target.rewind(len(text))
 
     def round_() -> object:
         target.rewind(len(text))
-        found = likeliest_tokens(target.verify(draft), KEPT)
-        target.keep(path)
+        found = Pass(target, draft, greedy=greedy).make()
+        if not isinstance(found, Walked):
+            likeliest, successors = likeliest_tokens(found, KEPT)
+            path = accept(draft, lambda node, _: likeliest[node], limit=width, end_token_ids=()).path
+            found = Walked(likeliest, successors, path)
+        target.keep(found.path)
         return found
 
     return round_
+
+
+def _longer(draft: DraftTree, logits: torch.Tensor | Walked) -> DraftTree:
+    """Two guesses more after the last node: a wrong one and what the target says."""
+    assert not isinstance(logits, Walked)
+    last, right = draft.width - 1, int(logits[-1].argmax())
+    wrong = (right + 1) % logits.shape[1]
+    builder = TreeBuilder(draft.token_ids[0], draft.width + 2)
+    for node in range(1, draft.width):
+        builder.add(draft.parents[node], draft.token_ids[node], 1.0, "")
+    for token_id in (wrong, right):
+        builder.add(last, token_id, 1.0, "")
+    return builder.build()
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any, Protocol
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from .attention import Nodes, Sees, attend
@@ -42,6 +42,9 @@ class Attention(Protocol):
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """[1, width, heads, value size] of query [1, heads, width, size], and what the layer's `update` returned."""
+
+    def move(self, nodes: Nodes, order: torch.Tensor, states: Cache) -> None:
+        """Put keys and values of the nodes `order` [width] behind the text, in every layer of `states`."""
 
 
 def attention_for(device: torch.device) -> Attention:
@@ -124,6 +127,10 @@ class OverSlots:
     ) -> torch.Tensor:
         return attend(query, key, value, seen, scaling, softcap, sinks)
 
+    def move(self, nodes: Nodes, order: torch.Tensor, states: Cache) -> None:
+        for layer in states.layers:
+            layer.move(order)
+
 
 class SlotsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the library's hook is not typed
     """One layer of a text for the length of a pass: writes nodes behind the text, shows all slots."""
@@ -144,6 +151,12 @@ class SlotsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the libra
         for slots, states in ((self._own.keys, key_states), (self._own.values, value_states)):
             slots.index_copy_(2, self._nodes.slots, states)
         return self._own.keys, self._own.values
+
+    def move(self, order: torch.Tensor) -> None:
+        """As `Attention.move`."""
+        if self._own.is_initialized:
+            for slots in (self._own.keys, self._own.values):
+                slots.index_copy_(2, self._nodes.slots, slots.index_select(2, self._nodes.length + order))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._own.capacity, 0

@@ -19,6 +19,10 @@ Sees = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.
 """The library's index predicate of a kind of layer: (batch, head, query position, key position) -> visible."""
 
 
+_ROWS = 6
+"""Numbers of each node."""
+
+
 class Nodes:
     """The nodes of one pass, in tensors that stay where they are: a pass over other nodes is other numbers in them.
 
@@ -26,6 +30,9 @@ class Nodes:
         ids, positions: [1, width].
         slots: [width], where each node's keys and values are written: behind the text.
         lineage: [width], one bit for the node itself and for each of its ancestors.
+        parents: [width], the root's and those of what pads the pass are the root.
+        guesses: [width], the token that has to be chosen after a node's parent for a walk to step into the node.
+        numbers: [width], of the nodes.
         length, capacity: numbers, the tokens of the text and the slots of its buffers.
         buffers: addresses, of the keys and of the values of each layer.
     """
@@ -33,21 +40,35 @@ class Nodes:
     def __init__(self, width: int, device: torch.device, layers: int = 0) -> None:
         """`layers`: as many addresses there is room for."""
         self.width = width
-        size = 4 * width + 2 + 2 * layers
+        size = _ROWS * width + 2 + 2 * layers
         # One row, so that one copy brings all of it to the device.
         self._row = torch.zeros(size, dtype=torch.long, device=device)
         self._staged = torch.zeros(size, dtype=torch.long, pin_memory=device.type == "cuda")
-        ids, positions, self.slots, self.lineage = self._row[: 4 * width].view(4, width)
+        # The same memory, to be written from Python.
+        self._told = self._staged.numpy()
+        rows, rest = self._row[: _ROWS * width].view(_ROWS, width), self._row[_ROWS * width :]
+        ids, positions, self.slots, self.lineage, self.parents, self.guesses = rows
         self.ids, self.positions = ids[None], positions[None]
-        self.length, self.capacity = self._row[4 * width : 4 * width + 2].unbind()
-        self.buffers = self._row[4 * width + 2 :]
+        self.length, self.capacity = rest[:2].unbind()
+        self.buffers = rest[2:]
+        self.numbers = torch.arange(width, device=device)
 
     def fill(
-        self, draft: DraftTree, length: int, vocabulary: int, capacity: int = 0, addresses: Sequence[int] = ()
+        self,
+        draft: DraftTree,
+        length: int,
+        vocabulary: int,
+        capacity: int = 0,
+        addresses: Sequence[int] = (),
+        guesses: Sequence[int] = (),
     ) -> None:
-        """Take the nodes of `draft` behind so many tokens. What is left of the width sees nothing but itself."""
-        staged = self._staged.numpy()
-        rows, numbers = staged[: 4 * self.width].reshape(4, self.width), staged[4 * self.width :]
+        """Take the nodes of `draft` behind so many tokens. What is left of the width sees nothing but itself.
+
+        Args:
+            guesses: as the attribute says; none: nothing is walked down.
+        """
+        size = _ROWS * self.width
+        rows, numbers = self._told[:size].reshape(_ROWS, self.width), self._told[size:]
         # An id outside the vocabulary cannot be looked up. The target never chooses one, so any stand-in is right.
         known = [token_id if token_id < vocabulary else 0 for token_id in draft.token_ids]
         # Filled up with the root: a padding token among the ids would be warned of.
@@ -56,6 +77,8 @@ class Nodes:
         rows[1] += length
         rows[2] = np.arange(length, length + self.width)
         rows[3] = _lineage(draft.parents, self.width)
+        rows[4, 1 : draft.width], rows[4, draft.width :] = draft.parents[1:], 0
+        rows[5, : len(guesses)], rows[5, len(guesses) :] = guesses, -1
         numbers[:2], numbers[2:] = (length, capacity), addresses
         self._row.copy_(self._staged, non_blocking=True)
 

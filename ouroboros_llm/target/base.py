@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 from ..draft_tree import DraftTree
+from ..drafting.base import Successors
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +16,43 @@ if TYPE_CHECKING:
 
 Branching = Literal["tree", "chain", "none"]
 """What one pass can verify: any draft, a draft without branches, or none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Greedy:
+    """That the target's choice after every node is its likeliest token, and how far the walk may go."""
+
+    limit: int
+    """Tokens to emit at most, one or more."""
+    end_token_ids: Collection[int] = ()
+    successors: int = 0
+    """How many of the likeliest tokens after each node are wanted."""
+
+    @property
+    def count(self) -> int:
+        """How many of them are looked for: of less than two there are no chances."""
+        return max(self.successors, 2) if self.successors else 0
+
+    def guesses(self, draft: DraftTree) -> list[int]:
+        """Per node: the token that has to be chosen after its parent for the walk to step into it; -1 where it never
+        does."""
+        return [
+            token_id
+            if 0 < node
+            and draft.depths[node] < self.limit
+            and token_id not in self.end_token_ids
+            and draft.child(draft.parents[node], token_id) == node
+            else -1
+            for node, token_id in enumerate(draft.token_ids)
+        ]
+
+
+class Walked(NamedTuple):
+    """What a walk found, per node of the draft, and its path, root first."""
+
+    likeliest: list[int]
+    successors: tuple[Successors, ...]
+    path: tuple[int, ...]
 
 
 @runtime_checkable
@@ -66,6 +104,16 @@ class TargetModel(Protocol):
 
 
 @runtime_checkable
+class WalkingTarget(TargetModel, Protocol):
+    """A target that can find out by itself which nodes greedy decoding accepts."""
+
+    def walk(self, draft: DraftTree, greedy: Greedy) -> Walked | torch.Tensor:
+        """As `verify`, and the walk down `draft` that `verification.accept` makes where the target's choices are its
+        likeliest tokens; logits where that cannot be done in the pass. After a walk `keep` takes its path alone, or the
+        beginning of it."""
+
+
+@runtime_checkable
 class KeptTarget(TargetModel, Protocol):
     """A target that can go on from what another turn left in it."""
 
@@ -103,6 +151,8 @@ class Pass:
     text: Sequence[int] | None = None
     before: int = 0
     """As for `prefill`."""
+    greedy: Greedy | None = None
+    """Of a pass without a text whose choices are the target's likeliest tokens."""
     seconds: float = 0.0
     """What the pass took, where it was made together with others."""
 
@@ -113,14 +163,19 @@ class Pass:
         packer: Packer | None = getattr(self.target, "packer", None)
         return packer
 
-    def make(self) -> torch.Tensor:
-        """Make it alone; logits as `verify` and `prefill` return them."""
-        if self.text is None:
+    def make(self) -> torch.Tensor | Walked:
+        """Make it alone; logits as `verify` and `prefill` return them, or what a walk found."""
+        if self.text is not None:
+            return self.target.prefill(self.text, self.draft, self.before)
+        walk = getattr(self.target, "walk", None)
+        if self.greedy is None or walk is None:
             return self.target.verify(self.draft)
-        return self.target.prefill(self.text, self.draft, self.before)
+        found: torch.Tensor | Walked = walk(self.draft, self.greedy)
+        return found
 
 
-def ask(wanted: Pass) -> Generator[Pass, torch.Tensor | None, torch.Tensor]:
-    """The logits of a pass that whoever is asked may make, together with others; who sends None has it made here."""
+def ask(wanted: Pass) -> Generator[Pass, torch.Tensor | None, torch.Tensor | Walked]:
+    """What comes of a pass that whoever is asked may make, together with others, and then sends the logits; who sends
+    None has it made here."""
     logits = yield wanted
     return wanted.make() if logits is None else logits

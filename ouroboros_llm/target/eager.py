@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,13 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from ..draft_tree import MAX_WIDTH, DraftTree
-from .base import Branching
+from .base import Branching, Greedy, Walked
 from .cache import RewindableCache, SlotCache, cache_for
 from .clock import Clock
 from .masks import tree_masks
 from .packing import Packer
-from .pass_times import PassTimes
+from .pass_times import PassTimes, padded
+from .walk import read
 
 if TYPE_CHECKING:
     from .static import StaticForward
@@ -72,6 +73,8 @@ class EagerTarget:
         self.cache: RewindableCache = cache_for(self.config) if cache is None else cache
         self.token_ids: list[int] = []
         self._pending: tuple[int, ...] = ()
+        self._moved: tuple[int, ...] | None = None
+        """The path of a walk, whose keys and values are where they belong already."""
         self._vocabulary = vocabulary_size(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -102,21 +105,41 @@ class EagerTarget:
             self.rewind(self.common_prefix(text))
             self._marked = not self.marks
         # Whatever happens in a pass, it is known from here on that the states may be ahead of the text.
-        self._pending = draft.token_ids
+        self._pending, self._moved = draft.token_ids, None
         return () if text is None else text[len(self.token_ids) : -1]
 
     def verify(self, draft: DraftTree) -> torch.Tensor:
-        # A pass that is recorded first says nothing of those that will be replayed.
-        usual = self.static is None or self.static.ready(draft.width)
-        with self._clock.over(draft.width, self.model.device) if usual else nullcontext():
+        with self._timed(draft):
             self.begin(draft)
-            return self._verified(draft)
+            if (slots := self._slots(draft)) is None or self.static is None:
+                return self._forward(draft)
+            return self.static.verify(draft, len(self.token_ids), slots)
+
+    def walk(self, draft: DraftTree, greedy: Greedy) -> Walked | torch.Tensor:
+        if (slots := self._slots(draft)) is None or self.static is None:
+            return self.verify(draft)
+        with self._timed(draft, greedy):
+            self.begin(draft)
+            row = self.static.walk(draft, len(self.token_ids), slots, greedy)
+        walked = read(row, padded(draft.width), draft.width)
+        self._moved = walked.path
+        return walked
+
+    def _timed(self, draft: DraftTree, greedy: Greedy | None = None) -> AbstractContextManager[None]:
+        # A pass that is recorded first says nothing of those that will be replayed.
+        usual = self.static is None or self.static.ready(draft.width, greedy)
+        return self._clock.over(draft.width, self.model.device) if usual else nullcontext()
 
     @torch.inference_mode()
     def keep(self, path: Sequence[int]) -> None:
-        self.cache.keep(len(self.token_ids), path, len(self._pending))
+        if self._moved is None:
+            self.cache.keep(len(self.token_ids), path, len(self._pending))
+        elif tuple(path) == self._moved[: len(path)]:
+            self.cache.rewind(len(self.token_ids) + len(path))
+        else:
+            raise RuntimeError(f"the nodes {self._moved} were accepted, but {tuple(path)} are to be kept")
         self.token_ids += [self._pending[node] for node in path]
-        self._pending = ()
+        self._pending, self._moved = (), None
         if not self._marked:
             self.cache.mark()
             self._marked = True
@@ -124,7 +147,7 @@ class EagerTarget:
     def rewind(self, length: int) -> None:
         self.cache.rewind(length)
         del self.token_ids[length:]
-        self._pending = ()
+        self._pending, self._moved = (), None
 
     def cost(self, width: int) -> float:
         return self.pass_times.cost(width) if self.packer is None else self.packer.cost(width)
@@ -164,11 +187,11 @@ class EagerTarget:
     def nbytes(self) -> int:
         return self.cache.nbytes
 
-    def _verified(self, draft: DraftTree) -> torch.Tensor:
+    def _slots(self, draft: DraftTree) -> SlotCache | None:
+        """Where a pass of fixed shape over `draft` takes place; None where the library's own forward verifies it."""
         # The first pass over a text makes its buffers.
-        if self.static and isinstance(self.cache, SlotCache) and self.token_ids and draft.width <= MAX_WIDTH:
-            return self.static.verify(draft, len(self.token_ids), self.cache)
-        return self._forward(draft)
+        fixed = self.static is not None and self.token_ids and draft.width <= MAX_WIDTH
+        return self.cache if fixed and isinstance(self.cache, SlotCache) else None
 
     def _forward(self, draft: DraftTree, logits_to_keep: int = 0) -> torch.Tensor:
         """One pass over `draft` behind the committed text; logits [width, vocabulary], or of the last so many nodes."""

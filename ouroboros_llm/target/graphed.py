@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -13,6 +13,9 @@ import torch
 from ..draft_tree import MAX_WIDTH
 
 Run = Callable[[], None]
+Results = tuple[torch.Tensor, ...]
+Step = Callable[[int], Results]
+"""A pass of so many nodes; what comes of it is the longer, along the first dimension, the wider the pass is."""
 
 
 class Recorder(Protocol):
@@ -49,39 +52,44 @@ class Recordings:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder: Recorder | None = recorder
-        self._replays: dict[int, Run] = {}
-        self._results: torch.Tensor | None = None
-        """Logits [widest, vocabulary], outside of what recordings share."""
+        self._replays: dict[tuple[int, Hashable], tuple[Run, Results]] = {}
+        self._results: dict[Hashable, Results] = {}
+        """Of the widest pass of each kind, outside of what recordings share; narrower ones use a part of them."""
 
-    def run(self, width: int, step: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        """The logits of `step(width)`, [width, vocabulary], which are there until the next pass.
+    def run(self, width: int, step: Step, kind: Hashable = None) -> Results:
+        """The results of `step(width)`, which are there until the next pass.
 
         `step` makes a pass over nodes that are there already for each width that it is asked for: `width` and the
-        widest. Where it cannot be recorded a warning says so, once, and it is made anew every time.
+        widest. Where it cannot be recorded a warning says so, once, and it is made anew every time. Steps that do other
+        things are of another `kind`.
         """
         for wanted in (MAX_WIDTH, width):
-            if wanted not in self._replays and self._recorder is not None:
-                self._try(wanted, step)
-        if width not in self._replays or self._results is None:
+            if (wanted, kind) not in self._replays and self._recorder is not None:
+                self._try(wanted, step, kind)
+        if (width, kind) not in self._replays:
             return step(width)
-        self._replays[width]()
-        return self._results[:width]
+        replay, results = self._replays[width, kind]
+        replay()
+        return results
 
-    def complete(self, width: int) -> bool:
+    def complete(self, width: int, kind: Hashable = None) -> bool:
         """Whether nothing has to be recorded any more for a pass of that width."""
-        return self._recorder is None or {MAX_WIDTH, width} <= self._replays.keys()
+        return self._recorder is None or {(MAX_WIDTH, kind), (width, kind)} <= self._replays.keys()
 
-    def _try(self, width: int, step: Callable[[int], torch.Tensor]) -> None:
+    def _try(self, width: int, step: Step, kind: Hashable) -> None:
         assert self._recorder is not None
         try:
-            if self._results is None:
-                self._results = torch.empty_like(step(width))
-            results = self._results[:width]
+            found = step(width)
+            if kind not in self._results:
+                self._results[kind] = tuple(map(torch.empty_like, found))
+            results = tuple(room[: len(made)] for room, made in zip(self._results[kind], found, strict=True))
+            del found
 
             def run() -> None:
-                results.copy_(step(width))
+                for room, made in zip(results, step(width), strict=True):
+                    room.copy_(made)
 
-            self._replays[width] = self._recorder.record(run)
+            self._replays[width, kind] = self._recorder.record(run), results
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise

@@ -6,9 +6,11 @@ slots there are. So one recorded pass serves every text, however long it is or g
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
+from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from .attention import Nodes, Sees
@@ -17,22 +19,34 @@ from .cache import SlotLayer
 Reach = Literal["all", "window", "chunk"]
 """What of the text before them nodes see: everything, the last so many positions, or those of their own chunk."""
 
+_Kind = tuple[int, int, torch.dtype]
+"""Heads, size and precision of a buffer."""
+
 
 class InPlace:
     """Attention whose layers keep nothing of a text."""
 
     in_place = True
 
-    def __init__(self, kernel: Any = None) -> None:
-        """`kernel`: what computes `kernels.attend_in_place`; None: that itself, which needs Triton."""
-        if kernel is None:
-            from .kernels import attend_in_place as kernel
-        self._kernel = kernel
+    def __init__(self, kernels: Any = None) -> None:
+        """`kernels`: what computes `attend_in_place` and `move_nodes`; None: the module of that name, which needs
+        Triton."""
+        if kernels is None:
+            from . import kernels
+        self._kernels = kernels
         self.layer_number: int | None = None
         """Of the layer whose nodes' keys and values were handed out last."""
         self._reaches: dict[int | None, Reach] = {}
+        self._buffers: dict[int, _Kind] = {}
+        """By place among the addresses."""
+        self._alike: list[tuple[torch.Tensor, torch.Tensor, int]] | None = None
 
     def layer(self, number: int, own: SlotLayer, nodes: Nodes, counts: bool) -> CacheLayerMixin:
+        if own.is_initialized:
+            for place, states in ((2 * number, own.keys), (2 * number + 1, own.values)):
+                kind = (states.shape[1], states.shape[3], states.dtype)
+                if self._buffers.get(place) != kind:
+                    self._buffers[place], self._alike = kind, None
         return PlacedLayer(self, number, nodes, counts)
 
     def seen(self, nodes: Nodes, sees: Sees, slots: int, local_size: int | None) -> torch.Tensor:
@@ -55,8 +69,25 @@ class InPlace:
         layer, self.layer_number = self.layer_number, None
         if layer is None:
             raise NotImplementedError("layers that attend to the keys of another")
-        found: torch.Tensor = self._kernel(query, key, value, seen, nodes.placed, layer, scaling, softcap, sinks)
+        found: torch.Tensor = self._kernels.attend_in_place(
+            query, key, value, seen, nodes.placed, layer, scaling, softcap, sinks
+        )
         return found
+
+    def move(self, nodes: Nodes, order: torch.Tensor, states: Cache) -> None:
+        if self._alike is None:
+            # Before anything is recorded: passes are made a few times by then.
+            self._alike = [*_alike(self._buffers, order.device)]
+        for places, like, heads in self._alike:
+            self._kernels.move_nodes(nodes.placed, order, places, like, heads)
+
+
+def _alike(buffers: dict[int, _Kind], device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Buffers of the same shape and precision: their places among the addresses, a row of such a buffer, heads."""
+    for kind in dict.fromkeys(buffers.values()):
+        heads, size, dtype = kind
+        places = [place for place, other in buffers.items() if other == kind]
+        yield torch.tensor(places, device=device), torch.empty(size, dtype=dtype, device=device), heads
 
 
 class PlacedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the library's hook is not typed

@@ -85,17 +85,34 @@ def _block(slot_bytes: int) -> int:
 def move_slots(buffers: Sequence[torch.Tensor], start: int, slots: Sequence[int]) -> None:
     """Copy `slots`, no more than a draft has nodes, of every buffer [1, heads, capacity, size] to where `start` is,
     though source and destination overlap; one launch for all buffers of a shape, and nothing is waited for."""
+    order = [slot - start for slot in slots]
+    order += range(len(order), MAX_WIDTH)
     alike: dict[tuple[torch.device, torch.Size], list[torch.Tensor]] = {}
     for buffer in buffers:
         alike.setdefault((buffer.device, buffer.shape), []).append(buffer)
     for (device, (_, heads, capacity, size)), group in alike.items():
-        numbers = torch.tensor([*(buffer.data_ptr() for buffer in group), *slots], pin_memory=device.type == "cuda")
-        numbers = numbers.to(device, non_blocking=True)
+        addresses = [buffer.data_ptr() for buffer in group]
+        told = [*range(len(group)), *order, start, capacity, *addresses]
+        numbers = torch.tensor(told, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        places, nodes, (length, room), table = numbers.split([len(group), MAX_WIDTH, 2, len(group)])
         with on(device):
-            _move[len(group), heads](
-                numbers, numbers[len(group) :], group[0], start, len(slots), capacity,
-                SIZE=size, SIZES=triton.next_power_of_2(size), MOVED=MAX_WIDTH,
+            _move_nodes[len(group), heads](
+                table, places, nodes, length, room, group[0],
+                SIZE=size, SIZES=triton.next_power_of_2(size), WIDTH=MAX_WIDTH,
             )  # fmt: skip
+
+
+def move_nodes(placed: Placed, order: torch.Tensor, places: torch.Tensor, like: torch.Tensor, heads: int) -> None:
+    """Put keys and values of the nodes `order` [width] behind the text, though source and destination overlap.
+
+    Args:
+        places: of buffers among the addresses of `placed`, all of `heads` and of rows as `like` [size] is.
+    """
+    with on(order.device):
+        _move_nodes[len(places), heads](
+            placed.buffers, places, order, placed.length, placed.capacity, like,
+            SIZE=len(like), SIZES=triton.next_power_of_2(len(like)), WIDTH=len(order),
+        )  # fmt: skip
 
 
 @triton.jit
@@ -210,18 +227,20 @@ def _merge_parts(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["start", "count", "capacity"])
-def _move(  # type: ignore[no-untyped-def]
-    buffers_ptr, slots_ptr, like_ptr, start, count, capacity,
-    SIZE: tl.constexpr, SIZES: tl.constexpr, MOVED: tl.constexpr,
+@triton.jit
+def _move_nodes(  # type: ignore[no-untyped-def]
+    buffers_ptr, places_ptr, order_ptr, length_ptr, capacity_ptr, like_ptr,
+    SIZE: tl.constexpr, SIZES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Program (buffer, head)."""
-    buffer_ptr = tl.load(buffers_ptr + tl.program_id(0)).to(tl.pointer_type(like_ptr.dtype.element_ty))
-    move, size = tl.arange(0, MOVED), tl.arange(0, SIZES)
-    there = (move < count)[:, None] & (size < SIZE)[None, :]
-    slot = tl.load(slots_ptr + move, mask=move < count, other=0)
-    row = tl.program_id(1).to(tl.int64) * capacity
-    moved = tl.load(buffer_ptr + (row + slot)[:, None] * SIZE + size[None, :], mask=there)
+    place = tl.load(places_ptr + tl.program_id(0))
+    buffer_ptr = tl.load(buffers_ptr + place).to(tl.pointer_type(like_ptr.dtype.element_ty))
+    slot, size = tl.arange(0, WIDTH), tl.arange(0, SIZES)
+    node = tl.load(order_ptr + slot)
+    # Most nodes stay where they are.
+    there = (node != slot)[:, None] & (size < SIZE)[None, :]
+    row = tl.program_id(1) * tl.load(capacity_ptr) + tl.load(length_ptr)
+    moved = tl.load(buffer_ptr + (row + node)[:, None] * SIZE + size[None, :], mask=there)
     # One thread's destination is another's source: all have read before any writes.
     tl.debug_barrier()
-    tl.store(buffer_ptr + (row + start + move)[:, None] * SIZE + size[None, :], moved, mask=there)
+    tl.store(buffer_ptr + (row + slot)[:, None] * SIZE + size[None, :], moved, mask=there)

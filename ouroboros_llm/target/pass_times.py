@@ -8,6 +8,12 @@ import numpy as np
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 
+
+def padded(width: int) -> int:
+    """The width of the pass of fixed shape that a draft of `width` nodes takes."""
+    return next(wide for wide in WIDTHS if wide >= width)
+
+
 PRIOR_COSTS = {
     # Qwen2.5-Coder 0.5B and 1.5B, bfloat16, two CPU cores: arithmetic soon outweighs reading the weights.
     "cpu": (1.0, 1.0, 1.01, 1.07, 1.38, 2.0, 2.95),

@@ -17,17 +17,14 @@ from ..draft_tree import MAX_WIDTH, DraftTree
 from ..errors import ModelError
 from .attending import Attending, Attention, attention_for, forget
 from .attention import Nodes
+from .base import Greedy
 from .cache import SlotCache
 from .clock import on
-from .graphed import CudaRecorder, Recorder, Recordings
+from .graphed import CudaRecorder, Recorder, Recordings, Results
 from .head import put_float32_head
-from .pass_times import WIDTHS
+from .pass_times import padded
 from .twin import twin_of
-
-
-def padded(width: int) -> int:
-    """The width of the pass that a draft of `width` nodes takes."""
-    return next(wide for wide in WIDTHS if wide >= width)
+from .walk import accepted, found, order
 
 
 class StaticForward:
@@ -77,30 +74,59 @@ class StaticForward:
         Raises:
             RuntimeError: the model's layers did not attend as they were told, so the logits would be wrong.
         """
-        width = padded(draft.width)
-        cache.rewind(length)
-        cache.reserve(length + (MAX_WIDTH if self._recordings else width))
-        nodes = self.filled(width, draft, length, cache)
-        with on(self.model.device):
-            if self._recordings is None:
-                logits = self._checked(nodes, cache)
-            else:
-                if not self._recordings.complete(width):
-                    self.filled(MAX_WIDTH, draft, length, cache)
-                logits = self._recordings.run(width, lambda wide: self._checked(self._nodes[wide], cache))
-        cache.extend(draft.width)
+        (logits,) = self._pass(draft, length, cache, None)
         return logits[: draft.width]
 
-    def ready(self, width: int) -> bool:
-        """Whether a pass over a draft of that width is made as all later ones are, with nothing to prepare."""
-        return self._recordings is None or width > MAX_WIDTH or self._recordings.complete(padded(width))
+    @torch.inference_mode()
+    def walk(self, draft: DraftTree, length: int, cache: SlotCache, greedy: Greedy) -> torch.Tensor:
+        """As `verify`, and the walk down `draft`. When the pass is over, keys and values of the path lie behind
+        the text, one after the other.
 
-    def _checked(self, nodes: Nodes, cache: SlotCache) -> torch.Tensor:
+        Returns:
+            What `walk.read` reads, there until the next pass.
+        """
+        (row,) = self._pass(draft, length, cache, greedy)
+        return row
+
+    def ready(self, width: int, greedy: Greedy | None = None) -> bool:
+        """Whether a pass over a draft of that width is made as all later ones are, with nothing to prepare."""
+        return self._recordings is None or width > MAX_WIDTH or self._recordings.complete(padded(width), _kind(greedy))
+
+    def _pass(self, draft: DraftTree, length: int, cache: SlotCache, greedy: Greedy | None) -> Results:
+        width, guesses = padded(draft.width), greedy.guesses(draft) if greedy else ()
+        cache.rewind(length)
+        cache.reserve(length + (MAX_WIDTH if self._recordings else width))
+        nodes = self.filled(width, draft, length, cache, guesses)
+        with on(self.model.device):
+            if self._recordings is None:
+                # A path of a chain is where it belongs already.
+                results = self._checked(nodes, cache, greedy, moves=not draft.is_chain)
+            else:
+                if not self._recordings.complete(width, _kind(greedy)):
+                    self.filled(MAX_WIDTH, draft, length, cache, guesses)
+
+                def step(wide: int) -> Results:
+                    return self._checked(self._nodes[wide], cache, greedy, moves=wide > 1)
+
+                results = self._recordings.run(width, step, _kind(greedy))
+        cache.extend(draft.width)
+        return results
+
+    def _checked(self, nodes: Nodes, cache: SlotCache, greedy: Greedy | None, moves: bool) -> Results:
         self._attending.calls = 0
-        logits = self.step(nodes, self.shown(nodes, cache))
+        states = self.shown(nodes, cache)
+        logits = self.step(nodes, states)
         if (calls := self._attending.calls) != self._layers:
             raise RuntimeError(f"{calls} of {self._layers} layers use the library's attention interface")
-        return logits
+        return (logits,) if greedy is None else (self.walked(nodes, states, logits, greedy.count, moves),)
+
+    def walked(self, nodes: Nodes, states: Cache, logits: torch.Tensor, count: int, moves: bool) -> torch.Tensor:
+        """What a walk down the nodes finds, on the device alone; what is to be `moved` is."""
+        likeliest = logits.argmax(-1)
+        path = accepted(nodes, likeliest)
+        if moves:
+            self._attending.attention.move(nodes, order(nodes, path), states)
+        return found(path, likeliest, logits, nodes, count)
 
     def step(self, nodes: Nodes, states: Cache) -> torch.Tensor:
         """The pass itself, on the device alone; logits [padded width, vocabulary]."""
@@ -121,18 +147,23 @@ class StaticForward:
         show = self._attending.attention.layer
         return Cache(layers=[show(number, layer, nodes, self._counts) for number, layer in enumerate(layers)])
 
-    def filled(self, width: int, draft: DraftTree, length: int, cache: SlotCache) -> Nodes:
+    def filled(self, width: int, draft: DraftTree, length: int, cache: SlotCache, guesses: Sequence[int] = ()) -> Nodes:
         """The nodes of that width, which are those of `draft` from now on."""
         layers = len(cache.states.layers) if self._in_place else 0
         if width not in self._nodes:
             self._nodes[width] = Nodes(width, self.model.device, layers)
         addresses = cache.addresses() if layers else ()
-        self._nodes[width].fill(draft, length, self._vocabulary, cache.capacity, addresses)
+        self._nodes[width].fill(draft, length, self._vocabulary, cache.capacity, addresses, guesses)
         return self._nodes[width]
 
     @property
     def _in_place(self) -> bool:
         return self._attending.attention.in_place
+
+
+def _kind(greedy: Greedy | None) -> int | None:
+    """Passes of one kind do the same."""
+    return None if greedy is None else greedy.count
 
 
 def _reader(model: PreTrainedModel) -> PreTrainedModel | None:
