@@ -35,9 +35,9 @@ class Indexed:
     ids: tuple[str, ...]
     """Of the documents given, in their order. A text without an id has the hash of what it says."""
     added: int
-    """Documents that were not there, or said something else."""
+    """Documents whose text was not there."""
     unchanged: int
-    """Documents that were there; they cost a look at their hash."""
+    """Documents whose text was there, under their id or another's; they cost a look at their hash."""
     tokens: int
     """Of the documents added."""
 
@@ -76,19 +76,18 @@ class Corpus:
                 f"scope {self._scope!r} holds answers; documents need a scope of their own, as in 'corpus:manuals'"
             )
         known = self._settle()
-        elsewhere = {entry.content: entry for entry in known.values() if entry.id not in given}
-        renamed: list[str] = []
+        said = {entry.content: entry for entry in known.values()}
         added, tokens, waiting = 0, 0, 0
         for id, texts in given.items():
             content, before = text_hash(*texts), known.get(id)
-            if before is None and (other := elsewhere.pop(content, None)) is not None:
-                # The same under another id, as where ids are made anew by every process.
-                before = known[id] = replace(known.pop(other.id), id=id)
-                self._pool.remember(notes_of(before, None))
-                renamed.append(other.name)
-            if before is None or before.content != content or not self._pool.holds_all(before.keys):
-                known[id] = entry = self._add(id, content, texts, before)
+            other = before if before is not None and before.content == content else said.get(content)
+            if other is None or not self._pool.holds_all(other.keys):
+                known[id] = said[content] = entry = self._add(id, content, texts, before)
                 added, tokens, waiting = added + 1, tokens + entry.tokens, waiting + entry.tokens
+            elif other is not before:
+                # The same under another id: a document of its own, of the same runs.
+                known[id] = entry = replace(other, id=id)
+                self._pool.remember(notes_of(entry, before))
             if waiting >= _FLUSHED:
                 self._source.flush()
                 waiting = 0
@@ -96,7 +95,7 @@ class Corpus:
                 advance(1)
         self._source.flush()
         self._check_room(known.values())
-        self._let_go(self._noted().left, known, notes=renamed)
+        self._let_go(self._noted().left, known)
         return Indexed(tuple(given), added, len(given) - added, tokens)
 
     def remove(self, ids: Iterable[str]) -> int:

@@ -144,7 +144,22 @@ def test_what_is_there_costs_no_tokens(open_one: Callable[[], Ouroboros], monkey
     assert (again.added, again.unchanged, again.tokens) == (0, 3, 0)
     renamed = {f"new {id}": text for id, text in TEXTS.items()}
     assert open_one().index_documents(renamed, scope=SCOPE).unchanged == 3
-    assert set(corpus(open_one()).entries()) == set(renamed)
+    assert set(corpus(open_one()).entries()) == {*TEXTS, *renamed}
+
+
+@pytest.mark.parametrize("before", [{}, {"b": "Something else."}])
+def test_the_same_text_under_two_ids_is_two_documents(
+    open_one: Callable[[], Ouroboros], before: dict[str, str]
+) -> None:
+    open_one().index_documents({"a": TEXTS["a"], **before}, scope=SCOPE)
+    ouroboros = open_one()
+    assert ouroboros.index_documents({"b": TEXTS["a"]}, scope=SCOPE).unchanged == 1
+    assert set(corpus(open_one()).entries()) == {"a", "b"}
+    assert ouroboros._corpora.open(SCOPE).stats.runs == 1, "what it said before is gone"
+    assert ouroboros.remove_documents(["a"], scope=SCOPE) == 1
+    assert matches(open_one(), "The ouroboros ") == ["eats its tail.\n\nForever."]
+    assert ouroboros.index_documents({"b": TEXTS["b"]}, scope=SCOPE).added == 1
+    assert matches(open_one(), "The ouroboros ") == []
 
 
 def test_a_document_that_says_something_else_replaces_what_it_said(open_one: Callable[[], Ouroboros]) -> None:

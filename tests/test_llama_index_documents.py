@@ -112,10 +112,13 @@ def test_nodes_that_were_edited_are_whole() -> None:
     assert all(any(node.text in text for text in texts) for node in nodes)
 
 
-def test_documents_by_new_ids_are_the_same(llm: OuroborosLLM, ouroboros: Ouroboros) -> None:
-    for _ in range(3):
-        indexed = llm.index_documents([Document(text=MANUAL)])
-    assert indexed.unchanged == 1 and len(corpus(ouroboros).entries()) == 1
+def test_documents_by_new_ids_cost_no_tokens(llm: OuroborosLLM, ouroboros: Ouroboros) -> None:
+    tokens = [llm.index_documents([Document(text=MANUAL)]).tokens for _ in range(3)]
+    assert tokens[0] > 0 and tokens[1:] == [0, 0]
+    first, *others = corpus(ouroboros).entries()
+    runs = ouroboros._corpora.open("corpus:manuals").stats
+    assert llm.remove_documents(others) == 2 and ouroboros._corpora.open("corpus:manuals").stats == runs
+    assert llm.remove_documents(first) == 1 and ouroboros._corpora.open("corpus:manuals").stats.runs == 0
 
 
 def test_nodes_that_stand_nowhere(llm: OuroborosLLM) -> None:
