@@ -68,13 +68,16 @@ class Corpus:
         """The documents by their ids."""
         return self._noted().entries
 
-    def index(self, documents: Texts, advance: Callable[[int], object] | None = None) -> Indexed:
-        """See `Ouroboros.index_documents`."""
-        given = _by_id(documents)
+    def check(self) -> None:
+        """Raises OptionError where the scope holds answers."""
         if not is_corpus(self._pool) and self._pool.stats.runs:
             raise OptionError(
                 f"scope {self._scope!r} holds answers; documents need a scope of their own, as in 'corpus:manuals'"
             )
+
+    def index(self, documents: Texts, advance: Callable[[int], object] | None = None) -> Indexed:
+        """See `Ouroboros.index_documents`."""
+        given = _by_id(documents)
         known = self._settle()
         said = {entry.content: entry for entry in known.values()}
         added, tokens, waiting = 0, 0, 0
@@ -153,9 +156,7 @@ class Corpora:
     _KEPT = 8
 
     def __init__(self, store: PoolSource, tokenizer: PreTrainedTokenizerBase, fingerprint: str) -> None:
-        # In memory they have a source of their own: conversations that come and go must not push them out.
-        in_memory = isinstance(store, MemorySource)
-        self._source = MemorySource(capacity=_IN_MEMORY) if in_memory else store
+        self._source = store
         self._tokenizer, self._fingerprint = tokenizer, fingerprint
         self._open: OrderedDict[str, PhrasePool] = OrderedDict()
         self._lock = threading.Lock()
@@ -172,7 +173,12 @@ class Corpora:
 
     def index(self, scope: str, documents: Texts, advance: Callable[[int], object] | None) -> Indexed:
         with _indexing:
-            return self._corpus(scope).index(documents, advance)
+            corpus = self._corpus(scope)
+            corpus.check()
+            if isinstance(self._source, MemorySource):
+                # Conversations that come and go must not push it out.
+                self._source.stay(scope, fingerprint=self._fingerprint, capacity=_IN_MEMORY)
+            return corpus.index(documents, advance)
 
     def remove(self, scope: str, ids: Iterable[str]) -> int:
         with _indexing:

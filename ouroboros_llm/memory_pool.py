@@ -269,26 +269,41 @@ class MemorySource:
     """Pools of named scopes that live as long as this object; the least recently opened scope goes first."""
 
     def __init__(self, scopes: int = 64, capacity: int = 200_000) -> None:
-        """`scopes`: pools kept at most; `capacity`: tokens per pool."""
+        """`scopes`: pools kept at most, beside those that are to stay; `capacity`: tokens per pool."""
         self._scopes, self._capacity = scopes, capacity
         self._pools: OrderedDict[tuple[str, str], MemoryPool] = OrderedDict()
+        self._staying: dict[tuple[str, str], MemoryPool] = {}
         self._lock = threading.RLock()
 
     def open(self, scope: str, *, fingerprint: str) -> PhrasePool:
+        key = scope, fingerprint
         with self._lock:
-            pool = self._pools.setdefault((scope, fingerprint), MemoryPool(self._capacity))
-            self._pools.move_to_end((scope, fingerprint))
+            if key in self._staying:
+                return self._staying[key]
+            pool = self._pools.setdefault(key, MemoryPool(self._capacity))
+            self._pools.move_to_end(key)
             while len(self._pools) > self._scopes:
                 self._pools.popitem(last=False)
             return pool
 
-    def take_out(self, scope: str, *, fingerprint: str, runs: Collection[bytes], notes: Collection[str]) -> int:
+    def stay(self, scope: str, *, fingerprint: str, capacity: int) -> None:
+        """Let a scope stay, however many others are opened, with room for `capacity` tokens."""
+        key = scope, fingerprint
         with self._lock:
-            pool = self._pools.get((scope, fingerprint))
+            if key not in self._staying:
+                self._staying[key] = self._pools.pop(key) if key in self._pools else MemoryPool()
+            self._staying[key].capacity = capacity
+
+    def take_out(self, scope: str, *, fingerprint: str, runs: Collection[bytes], notes: Collection[str]) -> int:
+        key = scope, fingerprint
+        with self._lock:
+            pool = self._staying.get(key) or self._pools.get(key)
             return 0 if pool is None else pool.take_out(runs, notes)
 
     def flush(self) -> None:
         """Nothing is ever written."""
 
     def close(self) -> None:
-        self._pools.clear()
+        with self._lock:
+            self._pools.clear()
+            self._staying.clear()

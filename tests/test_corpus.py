@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,15 +113,29 @@ def test_a_scope_holds_documents_or_answers(ouroboros: Ouroboros) -> None:
     ask(ouroboros)
     with pytest.raises(OptionError, match="'conversation:1' holds answers; documents need one"):
         ouroboros.index_documents(TEXTS, scope="conversation:1")
-    if isinstance(ouroboros.store, PhraseStore):
-        ouroboros.index_documents(TEXTS, scope=SCOPE)
-        for settings in (
-            {"scope": SCOPE},
-            {"scope": "conversation:5", "write_scopes": [SCOPE]},
-            {"scope": "conversation:1", "write_scopes": [SCOPE]},
-        ):
-            with pytest.raises(OptionError, match=f"{SCOPE}' holds documents, which are only read"):
-                ouroboros.generate(PROMPT, options=OPTIONS, **settings)  # type: ignore[arg-type]
+    ouroboros.index_documents(TEXTS, scope=SCOPE)
+    for settings in (
+        {"scope": SCOPE},
+        {"scope": "conversation:5", "write_scopes": [SCOPE]},
+        {"scope": "conversation:1", "write_scopes": [SCOPE]},
+    ):
+        with pytest.raises(OptionError, match=f"{SCOPE}' holds documents, which are only read"):
+            ouroboros.generate(PROMPT, options=OPTIONS, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "drafter"), [("corpus_scopes", "retrieval"), ("read_scopes", "phrases")])
+def test_documents_are_phrases_of_their_scope(ouroboros: Ouroboros, name: Any, drafter: str) -> None:
+    options = replace(OPTIONS, drafters=(drafter,))
+    cold = ouroboros.generate(PROMPT, scope="conversation:1", options=options)
+    ouroboros.index_documents([cold.text], scope=SCOPE)
+    result = ouroboros.generate(PROMPT, scope="conversation:2", options=options, **{name: [SCOPE]})
+    assert result.token_ids == cold.token_ids and 2 * forwards(result) < forwards(cold)
+
+
+def test_answers_written_beside_are_answers(ouroboros: Ouroboros) -> None:
+    ask(ouroboros, write_scopes=["agent:planner"])
+    with pytest.raises(OptionError, match="'agent:planner' holds answers"):
+        ouroboros.index_documents(TEXTS, scope="agent:planner")
 
 
 def test_answers_of_another_process_are_noticed(open_one: Callable[[], Ouroboros]) -> None:
@@ -293,6 +309,20 @@ def test_corpora_outlive_conversations_in_memory() -> None:
         for number in range(70):
             ouroboros.store.open(f"conversation:{number}", fingerprint=ouroboros.fingerprint)
         assert matches(ouroboros, "The phoenix ") == ["rises."]
+
+
+def test_no_corpus_in_memory_pushes_out_another() -> None:
+    with Ouroboros(tiny_model(), TOKENIZER) as ouroboros:
+        for number in range(70):
+            ouroboros.index_documents(TEXTS, scope=f"corpus:{number}")
+        assert all(set(corpus(ouroboros, f"corpus:{number}").entries()) == set(TEXTS) for number in range(70))
+
+
+def test_a_corpus_in_memory_has_room() -> None:
+    texts = [f"Text {number}: {'x' * 4000} and its end." for number in range(60)]
+    with Ouroboros(tiny_model(), TOKENIZER) as ouroboros, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ouroboros.index_documents(texts, scope=SCOPE).tokens > 200_000
 
 
 @pytest.mark.parametrize(
