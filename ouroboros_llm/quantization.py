@@ -146,7 +146,8 @@ def quantize(model: PreTrainedModel, kind: Quantization, device: torch.device | 
     name = model.config._name_or_path or type(model).__name__
     if hasattr(model, "hf_device_map"):
         raise ModelError(f"{name} is spread over devices by hooks, which exchanged layers would not have")
-    heads: Any = (model.get_output_embeddings(), model.get_input_embeddings())  # type: ignore[no-untyped-call]
+    owner: Any = model
+    heads = (owner.get_output_embeddings(), owner.get_input_embeddings())
     kept = {id(head.weight) for head in heads if head is not None}
     taken = total = 0
     for parent in list(model.modules()):

@@ -71,14 +71,14 @@ def _our_step(prepared: PreparedModel, text: list[int]) -> Callable[[int], objec
 
 
 def _our_round(prepared: PreparedModel, text: list[int], width: int) -> Callable[[], object]:
-    """A greedy round without drafting: verify, choose and keep. Half of the nodes are accepted, every one of them behind
-    a wrong guess, so that keys and values are moved."""
+    """A greedy round without drafting: verify, choose and keep. Half of the nodes are accepted, each of them behind a
+    wrong guess, so that keys and values are moved."""
     target, greedy = prepared.start(), Greedy(width, successors=KEPT)
     target.prefill(text)
     target.keep((0,))
     draft = DraftTree.root(1)
     while draft.width + 2 <= width:
-        draft = _longer(draft, Pass(target, draft).make())
+        draft = _longer(draft, Pass(target, draft).logits())
         target.rewind(len(text))
 
     def round_() -> object:
@@ -94,9 +94,8 @@ def _our_round(prepared: PreparedModel, text: list[int], width: int) -> Callable
     return round_
 
 
-def _longer(draft: DraftTree, logits: torch.Tensor | Walked) -> DraftTree:
+def _longer(draft: DraftTree, logits: torch.Tensor) -> DraftTree:
     """Two guesses more after the last node: a wrong one and what the target says."""
-    assert not isinstance(logits, Walked)
     last, right = draft.width - 1, int(logits[-1].argmax())
     wrong = (right + 1) % logits.shape[1]
     builder = TreeBuilder(draft.token_ids[0], draft.width + 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import count
 from typing import Any, Protocol
@@ -128,7 +129,8 @@ class OverSlots:
         return attend(query, key, value, seen, scaling, softcap, sinks)
 
     def move(self, nodes: Nodes, order: torch.Tensor, states: Cache) -> None:
-        for layer in states.layers:
+        layers: Sequence[Any] = states.layers
+        for layer in layers:
             layer.move(order)
 
 

@@ -164,14 +164,18 @@ class Pass:
         return packer
 
     def make(self) -> torch.Tensor | Walked:
-        """Make it alone; logits as `verify` and `prefill` return them, or what a walk found."""
-        if self.text is not None:
-            return self.target.prefill(self.text, self.draft, self.before)
+        """Make it alone; what a walk found, where it is greedy and its target can do that, else logits."""
         walk = getattr(self.target, "walk", None)
         if self.greedy is None or walk is None:
-            return self.target.verify(self.draft)
+            return self.logits()
         found: torch.Tensor | Walked = walk(self.draft, self.greedy)
         return found
+
+    def logits(self) -> torch.Tensor:
+        """Make it alone; logits as `verify` and `prefill` return them."""
+        if self.text is None:
+            return self.target.verify(self.draft)
+        return self.target.prefill(self.text, self.draft, self.before)
 
 
 def ask(wanted: Pass) -> Generator[Pass, torch.Tensor | None, torch.Tensor | Walked]:

@@ -94,7 +94,9 @@ def move_slots(buffers: Sequence[torch.Tensor], start: int, slots: Sequence[int]
         addresses = [buffer.data_ptr() for buffer in group]
         told = [*range(len(group)), *order, start, capacity, *addresses]
         numbers = torch.tensor(told, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-        places, nodes, (length, room), table = numbers.split([len(group), MAX_WIDTH, 2, len(group)])
+        places, nodes = numbers[: len(group)], numbers[len(group) : len(group) + MAX_WIDTH]
+        length, room = numbers[len(group) + MAX_WIDTH :][:2].unbind()
+        table = numbers[-len(group) :]
         with on(device):
             _move_nodes[len(group), heads](
                 table, places, nodes, length, room, group[0],

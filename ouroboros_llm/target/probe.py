@@ -176,7 +176,7 @@ def _in_one(passes: list[Pass]) -> torch.Tensor:
 
 
 def _each(passes: list[Pass]) -> torch.Tensor:
-    return _kept(passes, [wanted.make() for wanted in passes])
+    return _kept(passes, [wanted.logits() for wanted in passes])
 
 
 def _kept(passes: list[Pass], logits: list[torch.Tensor]) -> torch.Tensor:

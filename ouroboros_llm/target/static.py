@@ -7,6 +7,7 @@ configuration knows, tell its layers what nodes see and how they attend; a cache
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from .attention import Nodes
 from .base import Greedy
 from .cache import SlotCache
 from .clock import on
+from .fusing import Operations, fuse, operations_for
 from .graphed import CudaRecorder, Recorder, Recordings, Results
 from .head import put_float32_head
 from .pass_times import padded
@@ -32,14 +34,20 @@ class StaticForward:
 
     Attributes:
         model: the twin that makes these passes.
+        fused: how many norms, gates and rotations of the twin are one operation each.
         reader: what reads prompts, with the library's own attention and the same output head; None: the model itself,
             which is not held here, so that it can be freed.
     """
 
     def __init__(
-        self, model: PreTrainedModel, attention: Attention | None = None, recorder: Recorder | None = None
+        self,
+        model: PreTrainedModel,
+        attention: Attention | None = None,
+        recorder: Recorder | None = None,
+        operations: Operations | None = None,
     ) -> None:
-        """`attention`, `recorder`: None: what is best on the model's device.
+        """`attention`, `recorder`, `operations`: None: what is best on the model's device; operations, if there are any
+        there, are those that some modules are fused into.
 
         Raises:
             ModelError: the weights lie on several devices, or layers compute through hooks.
@@ -51,6 +59,8 @@ class StaticForward:
         self.model = twin_of(model)
         put_float32_head(self.model)
         self.reader = _reader(model)
+        operations = operations or operations_for(model.device)
+        self.fused = fuse(self.model, operations) if operations else Counter[str]()
         self.model.config._attn_implementation = self._attending.name
         config: Any = self.model.config.get_text_config(decoder=True)
         self._layers: int = config.num_hidden_layers

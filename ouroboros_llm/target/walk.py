@@ -21,7 +21,8 @@ def accepted(nodes: Nodes, likeliest: torch.Tensor) -> torch.Tensor:
     right = likeliest[nodes.parents] == nodes.guesses
     # The root has nothing to be guessed; the bits of nodes are those of `lineage`.
     bits = (right.long() << nodes.numbers).sum() | 1
-    return (nodes.lineage & bits) == nodes.lineage
+    reached: torch.Tensor = (nodes.lineage & bits) == nodes.lineage
+    return reached
 
 
 def order(nodes: Nodes, accepted: torch.Tensor) -> torch.Tensor:
