@@ -279,6 +279,21 @@ def test_what_was_pruned_is_indexed_again(tmp_path: Path) -> None:
         assert ouroboros.index_documents(TEXTS, scope=SCOPE).added == 3
 
 
+def test_the_notes_of_documents_are_not_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them a document could be neither found nor removed."""
+    monkeypatch.setattr("ouroboros_storage.upkeep._KEPT_NOTES", 5)
+    monkeypatch.setattr("ouroboros_storage.upkeep._NOTES_COUNTED", 1)
+    url, texts = f"sqlite:///{tmp_path}/phrases.db", {str(number): f"Document {number}." for number in range(20)}
+    with Ouroboros(tiny_model(), TOKENIZER, store=url) as ouroboros:
+        ouroboros.index_documents(texts, scope=SCOPE)
+        corpus(ouroboros)._pool.remember({f"successors/{number}": b"x" for number in range(20)})
+    with Ouroboros(tiny_model(), TOKENIZER, store=url) as ouroboros:
+        assert set(corpus(ouroboros).entries()) == set(texts)
+        assert len(corpus(ouroboros)._pool.recall("successors/")) == 5, "others are"
+        assert ouroboros.remove_documents(texts, scope=SCOPE) == 20
+        assert ouroboros._corpora.open(SCOPE).stats.runs == 0
+
+
 def test_a_corpus_that_is_too_large_says_so(tmp_path: Path) -> None:
     store = PhraseStore(f"sqlite:///{tmp_path}/phrases.db", capacity=2000)
     with store, Ouroboros(tiny_model(), TOKENIZER, store=store) as ouroboros:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, delete, distinct, func, literal, or_, select, true, update
 
+from ouroboros_llm.entries import NOTES
 from ouroboros_llm.errors import StoreError
 
 from .bounds import Bounds
@@ -20,7 +21,8 @@ _TRIMMED = 0.9
 """Part of a quota that is left when it was exceeded, so that the next flushes have room."""
 
 _KEPT_NOTES = 65_536
-"""Notes per scope at most: successors of twice as many tokens as drafting keeps in memory."""
+"""Notes per scope at most: successors of twice as many tokens as drafting keeps in memory. Notes on documents do not
+count: without them nobody could remove the documents."""
 
 _NOTES_COUNTED = 64
 """A scope's notes are counted when it was written to so often."""
@@ -217,11 +219,11 @@ def _drop(connection: Connection, ids: Select[Any]) -> int:
 
 
 def _drop_notes(connection: Connection, scope_id: int) -> None:
-    of_scope = notes.c.scope_id == scope_id
-    excess = (connection.scalar(select(func.count()).select_from(notes).where(of_scope)) or 0) - _KEPT_NOTES
+    learned = notes.c.scope_id == scope_id, notes.c.name.not_like(f"{NOTES}%")
+    excess = (connection.scalar(select(func.count()).select_from(notes).where(*learned)) or 0) - _KEPT_NOTES
     if excess > 0:
-        oldest = select(notes.c.name).where(of_scope).order_by(notes.c.last_used, notes.c.name).limit(excess)
-        connection.execute(delete(notes).where(of_scope, notes.c.name.in_(oldest)))
+        oldest = select(notes.c.name).where(*learned).order_by(notes.c.last_used, notes.c.name).limit(excess)
+        connection.execute(delete(notes).where(*learned, notes.c.name.in_(oldest)))
 
 
 def _heal_clock(connection: Connection, chosen: Select[Any]) -> None:
