@@ -149,12 +149,16 @@ def quantize(model: PreTrainedModel, kind: Quantization, device: torch.device | 
     owner: Any = model
     heads = (owner.get_output_embeddings(), owner.get_input_embeddings())
     kept = {id(head.weight) for head in heads if head is not None}
-    taken = total = 0
+    exchanged: dict[nn.Module, QuantizedLinear] = {}
     for parent in list(model.modules()):
         for child_name, child in list(parent.named_children()):
-            if type(child) in (nn.Linear, Conv1D) and id(child.weight) not in kept:
-                taken += child.weight.numel()
-                setattr(parent, child_name, _quantized(child, kind, device))
+            layer: Any = child
+            if type(child) in (nn.Linear, Conv1D) and (child in exchanged or id(layer.weight) not in kept):
+                if child not in exchanged:
+                    exchanged[child] = _quantized(layer, kind, device)
+                    layer.weight = None  # so that weights go one by one
+                setattr(parent, child_name, exchanged[child])
+    taken = sum(layer.out_features * layer.in_features for layer in exchanged.values())
     total = taken + sum(weight.numel() for weight in _others(model) if id(weight) not in kept)
     if not taken:
         raise ModelError(f"{name} has no linear layers that could be quantized; leave quantization out")

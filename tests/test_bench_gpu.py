@@ -19,9 +19,11 @@ from ouroboros_llm.bench.gpu_tables import markdown
 from ouroboros_llm.bench.methods import Answer, Question
 from ouroboros_llm.bench.shapes import SHAPES, TINY, bytes_read, choose_shapes, random_model
 from ouroboros_llm.bench.side_by_side import Record
+from ouroboros_llm.bench.steps import _our_round
 from ouroboros_llm.cli import main
 from ouroboros_llm.models import LoadedModel
 from ouroboros_llm.target.pass_times import WIDTHS
+from ouroboros_llm.target.prepared import prepare
 
 
 @pytest.mark.parametrize(
@@ -105,9 +107,31 @@ def test_everything_runs_without_a_device(tmp_path: Path, monkeypatch: pytest.Mo
     assert step["times_limit"] == pytest.approx(step["ours"] / shape["limit_seconds"])
     assert {*shape["tokens_per_second"]} == {"ours", "generate", "generate, static cache"}
     assert all(seen["kernels"] > 10 and seen["host_gap"] is None for seen in shape["profiles"].values())
+    assert shape["fused"] == {} and report["conditions"]["quantization"] is None
     (folder,) = tmp_path.iterdir()
     assert json.loads((folder / "report.json").read_text()) == report
     assert (folder / "report.md").read_text() == markdown(report) and "| 64 |" in markdown(report)
+
+
+def test_quantized_shapes_read_fewer_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "bandwidth", lambda device: {"copy": 2e9, "read": 1e9})
+    settings = gpu.Settings(
+        tmp_path, shapes="tiny-llama", weights=False, device="cpu", length=16, repeats=1, tokens=2, quantization="int8"
+    )
+    report = gpu.measure(settings)
+    whole = random_model(TINY["tiny-llama"], torch.device("cpu"), torch.bfloat16, 4096)
+    matrices = sum(weight.numel() for weight in whole.model.layers.parameters() if weight.dim() == 2)
+    scales = 2 * 2 * (64 + 32 + 32 + 64 + 96 + 96 + 64)
+    assert report["shapes"]["tiny-llama"]["bytes_read"] == bytes_read(whole, 16) - matrices + scales
+    assert "quantization: int8" in markdown(report)
+
+
+def test_rounds_move_keys_and_values() -> None:
+    """Half of the nodes are accepted, each behind a wrong guess."""
+    prepared = prepare(tiny_model(), "static")
+    found: Any = _our_round(prepared, [5, 6, 7] * 6, 8)()
+    assert found.path == (0, 2, 4, 6)
+    assert _our_round(prepare(tiny_model(), "eager"), [5, 6, 7] * 6, 8)().path == found.path  # type: ignore[attr-defined]
 
 
 def test_what_does_not_fit_is_skipped_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,8 @@ def _shape(shape: Mapping[str, Any]) -> Iterator[str]:
     yield f"{shape['bytes_read'] / 1e9:.2f} GB read per pass, limit {1000 * shape['limit_seconds']:.3f} ms."
     if shape["not_static"]:
         yield f"Without passes of fixed shape: {shape['not_static']}."
+    if shape["fused"]:
+        yield f"One kernel each: {', '.join(f'{count} {name}' for name, count in shape['fused'].items())}."
     yield markdown_table(_STEP_COLUMNS, (_step(width, step, shape) for width, step in shape["steps"].items()))
     rates = shape["tokens_per_second"]
     times = {way: rate / rates["generate"] if rate and rates["generate"] else None for way, rate in rates.items()}

@@ -46,6 +46,7 @@ def measure_steps(
     limit = nbytes / bytes_per_second
     return {
         "not_static": prepared.way.missed,
+        "fused": dict(prepared.way.static.fused) if prepared.way.static else {},
         "bytes_read": nbytes,
         "limit_seconds": limit,
         "steps": {str(width): {**seconds, "times_limit": seconds[OURS] / limit} for width, seconds in steps.items()},

@@ -79,7 +79,7 @@ class Plain:
 
 
 def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, between: bool, once: bool) -> torch.Tensor:
-    turned, rest = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], -1)
+    turned, rest = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
     cos, sin = cos[:, None], sin[:, None]
     if once:
         turned, cos, sin = turned.float(), cos.float(), sin.float()
@@ -172,11 +172,11 @@ def _normed(
 def _gate(module: nn.Module, operations: Operations, random: torch.Generator) -> Forward | None:
     children = dict(module.named_children())
     linear = {name: child for name, child in children.items() if hasattr(child, "in_features")}
-    (activated, *more) = [child for name, child in children.items() if name not in linear] or [None]
-    if len(linear) not in (2, 3) or activated is None or more or not _takes_one(module):
+    others = [child for name, child in children.items() if name not in linear]
+    if len(linear) not in (2, 3) or len(others) != 1 or not _takes_one(module):
         return None
     like = next((weight for weight in module.parameters() if weight.is_floating_point()), None)
-    if like is None or (activation := _activation(activated, like, random)) is None:
+    if like is None or (activation := _activation(others[0], like, random)) is None:
         return None
     size = next(child.in_features for child in linear.values())
     states = _random((3, int(size)), like, random)  # type: ignore[arg-type]
@@ -203,13 +203,13 @@ def _gated_forms(linear: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 def _gated(
     operations: Operations, activation: Activation, form: tuple[str, ...], module: Any, states: torch.Tensor
 ) -> torch.Tensor:
-    first, *second, down = (getattr(module, name) if name else None for name in form)
-    made = first(states)
-    if second and second[0] is not None:
-        gates, ups = made, second[0](states)
+    first, *second, down = form
+    made = getattr(module, first)(states)
+    if any(second):
+        gates, ups = made, getattr(module, second[0])(states)
     else:
         gates, ups = made.chunk(2, -1)[:: -1 if second else 1]
-    found: torch.Tensor = down(operations.gate(gates, ups, activation))
+    found: torch.Tensor = getattr(module, down)(operations.gate(gates, ups, activation))
     return found
 
 
@@ -256,9 +256,9 @@ def _turns_so(
 ) -> bool:
     """Whether a function turns the first so many of 16 numbers as `operations` do."""
     query, key = (_random((1, 3, heads, 16), like, random).transpose(1, 2) for heads in (4, 2))
-    angles = [_random((1, 3, turned), like, random) for _ in range(2)]
+    cos, sin = (_random((1, 3, turned), like, random) for _ in range(2))
     try:
-        pairs = [*zip(operations.rotate(query, key, *angles, *form), turn(query, key, *angles), strict=True)]
+        pairs = [*zip(operations.rotate(query, key, cos, sin, *form), turn(query, key, cos, sin), strict=True)]
     except _TRIED:
         return False
     return all((_near if near else _same)(found, wanted) for found, wanted in pairs)
