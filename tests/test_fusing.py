@@ -17,7 +17,8 @@ from ouroboros_llm import DecodingOptions, Ouroboros
 from ouroboros_llm.quantization import quantize
 from ouroboros_llm.target import prepared
 from ouroboros_llm.target.eager import EagerTarget
-from ouroboros_llm.target.fusing import _NORMS, _ROTATIONS, ACTIVATIONS, Plain, fuse, operations_for
+from ouroboros_llm.target.fusing import _NORMS, _ROTATIONS, fuse
+from ouroboros_llm.target.operations import ACTIVATIONS, Plain, operations_for
 from ouroboros_llm.target.static import StaticForward
 from ouroboros_llm.target.twin import twin_of
 

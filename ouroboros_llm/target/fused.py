@@ -1,4 +1,4 @@
-"""Triton kernels: the forms of `fusing`, each in one launch. Steps are in single precision and rounded where the
+"""Triton kernels: the forms of `operations`, each in one launch. Steps are in single precision and rounded where the
 library's modules round. Importing this module needs Triton.
 """
 
@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 
 from .clock import on
-from .fusing import Activation
+from .operations import Activation
 
 _BLOCK = 1024
 """Numbers that a program gates."""
 
 
 def norm(states: torch.Tensor, weight: torch.Tensor, eps: float, added: float, late: bool) -> torch.Tensor:
-    """As `fusing.Operations.norm`."""
+    """As `operations.Operations.norm`."""
     states = states.contiguous()
     size = states.shape[-1]
     found = torch.empty_like(states)
@@ -30,7 +30,7 @@ def norm(states: torch.Tensor, weight: torch.Tensor, eps: float, added: float, l
 def rotate(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, between: bool, once: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `fusing.Operations.rotate`."""
+    """As `operations.Operations.rotate`."""
     query, key = (states if states.stride(-1) == 1 else states.contiguous() for states in (query, key))
     cos, sin = cos.contiguous(), sin.contiguous()
     _, heads, width, size = query.shape
@@ -45,7 +45,7 @@ def rotate(
 
 
 def gate(gates: torch.Tensor, ups: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """As `fusing.Operations.gate`."""
+    """As `operations.Operations.gate`."""
     size = gates.shape[-1]
     rows, others = (states.reshape(-1, size) for states in (gates, ups))
     rows, others = (states if states.stride(-1) == 1 else states.contiguous() for states in (rows, others))

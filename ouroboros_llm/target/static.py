@@ -21,9 +21,10 @@ from .attention import Nodes
 from .base import Greedy
 from .cache import SlotCache
 from .clock import on
-from .fusing import Operations, fuse, operations_for
+from .fusing import fuse
 from .graphed import CudaRecorder, Recorder, Recordings, Results
 from .head import put_float32_head
+from .operations import Operations, operations_for
 from .pass_times import padded
 from .twin import twin_of
 from .walk import accepted, found, order
