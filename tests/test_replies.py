@@ -29,6 +29,7 @@ from ouroboros_llm.replies import (
     spoiled,
 )
 from ouroboros_llm.replies.call_writer import call_id
+from ouroboros_llm.replies.markup import first_marker
 from ouroboros_llm.text import Transcript
 
 SQL = {
@@ -277,6 +278,23 @@ def deltas_of(
 def test_pieces_add_up_to_the_whole(family: str, text: str, expected: Reply, cuts: list[int]) -> None:
     format = format_of(tokenizer_with(*FAMILIES[family]))
     assert reply_of(deltas_of(format, pieces_of(text, cuts))) == expected
+
+
+def test_a_long_argument_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However finely it is cut."""
+    searched = 0
+
+    def counted(text: str, markers: Any, start: int = 0) -> Any:
+        nonlocal searched
+        searched += len(text) - start
+        return first_marker(text, markers, start)
+
+    monkeypatch.setattr("ouroboros_llm.replies.calls.first_marker", counted)
+    query = "SELECT </tool_cal> " * 1000
+    text = f'<tool_call>{{"name": "sql", "arguments": {{"query": "{query}"}}}}</tool_call>'
+    reply = reply_of(deltas_of(hermes(), [text[place : place + 5] for place in range(0, len(text), 5)]))
+    assert reply == Reply("", tool_calls=(ToolCall("sql", {"query": query}, "call00000"),))
+    assert searched < 10 * len(text)
 
 
 FRAGMENTS = [

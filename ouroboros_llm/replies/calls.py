@@ -40,6 +40,7 @@ class CallsReader:
         self._doubled = False
         self._object = CallObject()
         self._shown = 0  # characters of the object that were given out
+        self._unmarked = 0  # before this place no end marker begins inside a string
         self._search = 0  # where in the text an end may stand
         self._error = ""
         self._deltas: list[Delta] = []
@@ -129,7 +130,7 @@ class CallsReader:
         return int(text[0] in ",;" and self._read > 0 and following in ("{", "["))
 
     def _begin_object(self, text: str, headed: bool = False) -> bool:
-        self._object, self._shown = CallObject(headed), 0
+        self._object, self._shown, self._unmarked = CallObject(headed), 0, 0
         self._text, self._phase = text, self._json
         return True
 
@@ -175,8 +176,10 @@ class CallsReader:
         limit = read.at if arguments.end is None else arguments.end
         if read.doubtful is not None:
             # An end marker inside a string may be the section's own, if the string turns out to have no end.
-            found = first_marker(read.text, self._ends, read.doubtful)
-            limit = min(limit, found[0] if found else unfinished_marker(read.text, self._ends, read.doubtful))
+            begin = max(read.doubtful, self._unmarked)
+            found = first_marker(read.text, self._ends, begin)
+            self._unmarked = found[0] if found else unfinished_marker(read.text, self._ends, begin)
+            limit = min(limit, self._unmarked)
         start = max(arguments.start, self._shown)
         if limit > start:
             self._deltas += self._writer.arguments(read.text[start:limit])
