@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .drafting.retrieval import runs_of
-from .entries import NOTES, Entry, Noted, held, notes_of, read_notes, text_hash
+from .entries import LEFT, NOTES, Entry, Noted, held, notes_of, read_notes, text_hash
 from .errors import OptionError, StoreError
 from .memory_pool import MemorySource
 from .phrases import DocumentNotebook, Library, Notebook, PhrasePool, PoolSource, run_key
@@ -48,7 +48,8 @@ def is_corpus(pool: PhrasePool) -> bool:
 
 
 class Corpus:
-    """The documents of one scope, for one tokenizer. Not safe to change from several threads at once."""
+    """The documents of one scope, for one tokenizer, as they are when it is made. Not safe to change from several
+    threads at once."""
 
     def __init__(
         self, source: PoolSource, pool: PhrasePool, tokenizer: PreTrainedTokenizerBase, scope: str, fingerprint: str
@@ -63,6 +64,8 @@ class Corpus:
         self._pool: Any = pool
         self._tokenizer = tokenizer
         self._scope, self._fingerprint = scope, fingerprint
+        # Not what the pool has in memory: other processes index, too.
+        self._notes: Mapping[str, Mapping[str, bytes]] = self._source.notes(scope, NOTES)
 
     def entries(self) -> dict[str, Entry]:
         """The documents by their ids."""
@@ -70,7 +73,7 @@ class Corpus:
 
     def check(self) -> None:
         """Raises OptionError where the scope holds answers."""
-        if not is_corpus(self._pool) and self._pool.stats.runs:
+        if not self._notes.get(self._fingerprint) and self._pool.stats.runs:
             raise OptionError(
                 f"scope {self._scope!r} holds answers; documents need a scope of their own, as in 'corpus:manuals'"
             )
@@ -98,27 +101,29 @@ class Corpus:
                 advance(1)
         self._source.flush()
         self._check_room(known.values())
-        self._let_go(self._noted().left, known)
+        self._let_go(read_notes(self._pool.recall(LEFT)).left, known, self._fingerprint)
         return Indexed(tuple(given), added, len(given) - added, tokens)
 
     def remove(self, ids: Iterable[str]) -> int:
         """See `Ouroboros.remove_documents`."""
         if isinstance(ids, str):
             raise OptionError(f"ids must be several, but got one string; write [{ids!r:.80}]")
-        noted = self._noted()
-        known = noted.entries
-        gone = {entry.name: entry.runs for id in dict.fromkeys(ids) if (entry := known.pop(id, None))}
-        self._let_go({**gone, **noted.left}, known)
-        return len(gone)
+        asked, found = dict.fromkeys(ids), set[str]()
+        for fingerprint in self._notes:
+            noted = self._noted(fingerprint)
+            gone = [noted.entries.pop(id) for id in asked if id in noted.entries]
+            found.update(entry.id for entry in gone)
+            self._let_go({**noted.left, **{entry.name: entry.runs for entry in gone}}, noted.entries, fingerprint)
+        return len(found)
 
-    def _noted(self) -> Noted:
-        return read_notes(self._pool.recall(NOTES))
+    def _noted(self, fingerprint: str | None = None) -> Noted:
+        return read_notes(self._notes.get(fingerprint or self._fingerprint, {}))
 
     def _settle(self) -> dict[str, Entry]:
         """The documents, after what an interrupted call left was taken out."""
         noted = self._noted()
         if noted.left:
-            self._let_go(noted.left, noted.entries)
+            self._let_go(noted.left, noted.entries, self._fingerprint)
             self._pool = self._source.open(self._scope, fingerprint=self._fingerprint)
         return noted.entries
 
@@ -132,12 +137,12 @@ class Corpus:
             self._pool.add(run, answer=False)
         return entry
 
-    def _let_go(self, gone: Mapping[str, Sequence[str]], kept: Mapping[str, Entry], notes: Sequence[str] = ()) -> None:
-        """Drop notes with the runs that they name, but for those that a document still holds; and further notes."""
-        names = [*gone, *notes]
-        if names:
-            keys = [bytes.fromhex(run) for run in {run for runs in gone.values() for run in runs} - held(kept.values())]
-            self._source.take_out(self._scope, fingerprint=self._fingerprint, runs=keys, notes=names)
+    def _let_go(self, gone: Mapping[str, Sequence[str]], kept: Mapping[str, Entry], fingerprint: str) -> None:
+        """Drop notes with the runs that they name, but for those that a document still holds."""
+        if gone:
+            runs = {run for runs in gone.values() for run in runs} - held(kept.values())
+            keys = [bytes.fromhex(run) for run in runs]
+            self._source.take_out(self._scope, fingerprint=fingerprint, runs=keys, notes=list(gone))
 
     def _check_room(self, entries: Iterable[Entry]) -> None:
         lost = [entry for entry in entries if not self._pool.holds_all(entry.keys)]

@@ -11,7 +11,7 @@ NOTES = "document/"
 """What the names of all notes on documents begin with; and the name of one, which says that a scope is a corpus,
 whether or not it holds any document now."""
 
-_LEFT = NOTES + "left/"
+LEFT = NOTES + "left/"
 """What the names of notes on runs begin with that a document does not hold any longer, and that are still there."""
 
 
@@ -50,7 +50,7 @@ def notes_of(entry: Entry, before: Entry | None) -> dict[str, bytes]:
     them until it is taken out, so that nobody forgets it whatever happens meanwhile."""
     notes = {NOTES: b"", entry.name: json.dumps(asdict(entry)).encode()}
     if before is not None and (left := sorted({*before.runs} - {*entry.runs})):
-        notes[_LEFT + text_hash(entry.id)] = json.dumps(left).encode()
+        notes[LEFT + text_hash(entry.id)] = json.dumps(left).encode()
     return notes
 
 
@@ -58,7 +58,7 @@ def read_notes(notes: Mapping[str, bytes]) -> Noted:
     """What notes say, but for damaged ones: their documents are indexed again."""
     found = Noted()
     for name, data in notes.items():
-        if name.startswith(_LEFT):
+        if name.startswith(LEFT):
             found.left[name] = _left(data)
         elif entry := _entry(data):
             found.entries[entry.id] = entry

@@ -294,6 +294,11 @@ class MemorySource:
                 self._staying[key] = self._pools.pop(key) if key in self._pools else MemoryPool()
             self._staying[key].capacity = capacity
 
+    def notes(self, scope: str, prefix: str) -> Mapping[str, Mapping[str, bytes]]:
+        with self._lock:
+            pools = {**self._pools, **self._staying}
+            return {key[1]: pool.recall(prefix) for key, pool in pools.items() if key[0] == scope}
+
     def take_out(self, scope: str, *, fingerprint: str, runs: Collection[bytes], notes: Collection[str]) -> int:
         key = scope, fingerprint
         with self._lock:

@@ -321,6 +321,9 @@ class Ouroboros:
     def remove_documents(self, ids: Iterable[str], *, scope: str) -> int:
         """Take documents out of a scope again, by their ids: those given, else those in `Indexed.ids`.
 
+        They go for every tokenizer with which they were indexed there. (What replaces a document replaces it for this
+        model's tokenizer alone: others read its texts in parts of their own.)
+
         Returns:
             How many there were.
 

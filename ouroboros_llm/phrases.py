@@ -121,7 +121,14 @@ class PoolSource(Protocol):
 
 @runtime_checkable
 class Library(Protocol):
-    """A source from whose pools runs can be taken out again, as documents are that nobody wants any longer."""
+    """A source that knows what it keeps, and from whose pools runs can be taken out again, as documents are that nobody
+    wants any longer."""
+
+    def notes(self, scope: str, prefix: str) -> Mapping[str, Mapping[str, bytes]]:
+        """The notes of a scope whose names begin with `prefix`, of each tokenizer, by its fingerprint.
+
+        They are as they are now, those included that others wrote since the pools were opened. Raises StoreError.
+        """
 
     def take_out(self, scope: str, *, fingerprint: str, runs: Collection[bytes], notes: Collection[str]) -> int:
         """Erase the runs with these keys (`run_key`) and the notes of these names; returns the number of runs.

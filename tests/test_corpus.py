@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -202,6 +203,45 @@ def test_documents_that_are_removed_are_gone(open_one: Callable[[], Ouroboros], 
         data = b"".join(path.read_bytes() for path in tmp_path.iterdir())
         if data:
             assert erased not in data and kept in data
+
+
+def other_tokenizer(store: Any) -> Ouroboros:
+    tokenizer, model = copy.deepcopy(TOKENIZER), tiny_model()
+    tokenizer.add_tokens(["<another>"])
+    model.resize_token_embeddings(len(tokenizer))
+    return Ouroboros(model, tokenizer, store=store)
+
+
+@pytest.mark.parametrize("ephemeral", [True, False])
+def test_documents_are_removed_for_every_tokenizer(ouroboros: Ouroboros, ephemeral: bool) -> None:
+    if ephemeral and isinstance(ouroboros.store, PhraseStore):
+        ouroboros.store.open(SCOPE, fingerprint="any", ephemeral=True)
+    other = other_tokenizer(ouroboros.store)
+    assert other.fingerprint != ouroboros.fingerprint
+    ouroboros.index_documents(TEXTS, scope=SCOPE)
+    assert other.index_documents({"b": TEXTS["b"], "d": "Another."}, scope=SCOPE).added == 2
+    assert other.remove_documents(["a", "b"], scope=SCOPE) == 2
+    assert set(corpus(ouroboros).entries()) == {"c"} and set(corpus(other).entries()) == {"d"}
+    assert [matches(ouroboros, start) for start in ("The ouroboros ", "The phoenix ", "Nobody ")] == [
+        [],
+        [],
+        ["has seen either."],
+    ]
+    assert ouroboros.remove_documents(["d"], scope=SCOPE) == 1 and corpus(other).entries() == {}
+
+
+def test_what_other_processes_indexed_is_there(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/phrases.db"
+    with (
+        Ouroboros(tiny_model(), TOKENIZER, store=url) as first,
+        Ouroboros(tiny_model(), TOKENIZER, store=url) as second,
+    ):
+        assert matches(first, "The phoenix ") == []
+        second.index_documents({"b": TEXTS["b"]}, scope=SCOPE)
+        assert first.index_documents(TEXTS, scope=SCOPE).unchanged == 1, "documents are no answers"
+        second.index_documents({"b": "The phoenix burns again."}, scope=SCOPE)
+        assert first.remove_documents(["b"], scope=SCOPE) == 1
+        assert matches(first, "The phoenix ") == matches(second, "The phoenix ") == []
 
 
 class Interrupted(BaseException):

@@ -137,6 +137,11 @@ class NoteBuffer:
         with self._lock:
             return dict(self._notes.get(key, {}))
 
+    def of_scope(self, scope: str) -> dict[str, dict[str, bytes]]:
+        """The notes of a scope, by tokenizer."""
+        with self._lock:
+            return {key.fingerprint: dict(notes) for key, notes in self._notes.items() if key.scope == scope}
+
     def forget(self, scope: str) -> None:
         """Drop the notes of a scope, for every tokenizer."""
         with self._lock:

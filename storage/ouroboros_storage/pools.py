@@ -99,6 +99,10 @@ class Pools:
     def is_ephemeral(self, scope: str) -> bool:
         return scope in self._ephemeral
 
+    def notes(self, scope: str, prefix: str) -> dict[str, Mapping[str, bytes]]:
+        """The notes in memory of a scope whose names begin with `prefix`, by tokenizer."""
+        return {pool.key.fingerprint: pool.recall(prefix) for pool in self._all() if pool.key.scope == scope}
+
     def forget(self, scopes: Collection[str]) -> None:
         """Empty the pools of these scopes, for every tokenizer."""
         for pool in self._all():

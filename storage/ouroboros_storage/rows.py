@@ -88,6 +88,19 @@ def read_notes(connection: Connection, key: ScopeKey) -> dict[str, bytes]:
     return {name: bytes(data) for name, data in connection.execute(statement)}
 
 
+def read_notes_of(connection: Connection, scope: str, prefix: str) -> dict[str, dict[str, bytes]]:
+    """The notes of a scope whose names begin with `prefix`, by tokenizer and name."""
+    statement = (
+        select(scopes.c.fingerprint, notes.c.name, notes.c.data)
+        .join_from(notes, scopes)
+        .where(scopes.c.name == scope, notes.c.name.startswith(prefix, autoescape=True))
+    )
+    found: dict[str, dict[str, bytes]] = {}
+    for fingerprint, name, data in connection.execute(statement):
+        found.setdefault(fingerprint, {})[name] = bytes(data)
+    return found
+
+
 def upsert(
     connection: Connection,
     pending: Mapping[ScopeKey, Mapping[bytes, PendingRun]],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import TypeVar
@@ -256,6 +256,24 @@ class PhraseStore:
             self._pools.forget(names)
             self._erase(f"{count} runs are pruned")
             return count
+
+    def notes(self, scope: str, prefix: str) -> Mapping[str, Mapping[str, bytes]]:
+        """The notes of a scope whose names begin with `prefix`, flushed first, by tokenizer and name.
+
+        Raises StoreError where the database cannot be read.
+        """
+        check_scope(scope)
+        with self._lock:
+            self._check_open()
+            if self._pools.is_ephemeral(scope):
+                return self._pools.notes(scope, prefix)
+            self._write(patient=True)
+            found = self._ask(partial(rows.read_notes_of, scope=scope, prefix=prefix))
+            # What could not be written is there all the same.
+            for fingerprint, waiting in self._writer.notes.of_scope(scope).items():
+                of_tokenizer = found.setdefault(fingerprint, {})
+                of_tokenizer |= {name: data for name, data in waiting.items() if name.startswith(prefix)}
+            return found
 
     def take_out(self, scope: str, *, fingerprint: str, runs: Collection[bytes], notes: Collection[str]) -> int:
         """Erase single runs of a scope, by their keys (`ouroboros_llm.phrases.run_key`), and notes by their names.

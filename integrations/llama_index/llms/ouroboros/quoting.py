@@ -44,7 +44,7 @@ class DocumentQuoting(StructuredPrediction):
     def remove_documents(
         self, documents: str | BaseNode | Iterable[str | BaseNode], *, corpus_scope: str | None = None
     ) -> int:
-        """Take documents out of the corpus again.
+        """Take documents out of the corpus again, for all models with which they were indexed.
 
         Args:
             documents: their ids (`ref_doc_id` of their nodes), or documents or nodes themselves.
