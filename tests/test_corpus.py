@@ -244,6 +244,18 @@ def test_what_other_processes_indexed_is_there(tmp_path: Path) -> None:
         assert matches(first, "The phoenix ") == matches(second, "The phoenix ") == []
 
 
+def test_a_corpus_of_another_process_takes_no_answers(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/phrases.db"
+    with (
+        Ouroboros(tiny_model(), TOKENIZER, store=url) as first,
+        Ouroboros(tiny_model(), TOKENIZER, store=url) as second,
+    ):
+        assert matches(first, "The phoenix ") == []
+        second.index_documents(TEXTS, scope=SCOPE)
+        with pytest.raises(OptionError, match="holds documents, which are only read"):
+            ask(first, SCOPE)
+
+
 class Interrupted(BaseException):
     """As whoever waits for the end gives up."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from weakref import WeakValueDictionary
 
+from ouroboros_llm.entries import NOTES
 from ouroboros_llm.errors import StoreError
 
 from . import rows
@@ -73,6 +74,10 @@ class Pools:
             if pool.is_behind(found.mark) and (mark := found.mark) is not None:
                 read = partial(rows.read_runs, scope_id=mark.scope_id, after=pool.newest_read, capacity=self._capacity)
                 pool.load(*self._database.read(read, patient=patient), mark)
+                if pool.notes_read:
+                    # What others learned meanwhile can wait, but not that they made the scope a corpus.
+                    read_notes = partial(rows.read_notes, key=pool.key, prefix=NOTES)
+                    pool.load_notes(self._database.read(read_notes, patient=patient))
         except (StoreError, *DATABASE_ERRORS) as error:
             self._outage.begin("read", error)
 

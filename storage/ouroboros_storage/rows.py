@@ -82,9 +82,11 @@ def read_runs(connection: Connection, scope_id: int, after: int, capacity: int) 
     return found, newest
 
 
-def read_notes(connection: Connection, key: ScopeKey) -> dict[str, bytes]:
-    """The notes of a scope by name."""
+def read_notes(connection: Connection, key: ScopeKey, prefix: str = "") -> dict[str, bytes]:
+    """The notes of a scope, whose names begin with `prefix`, by name."""
     statement = select(notes.c.name, notes.c.data).where(notes.c.scope_id == _scope(key, scopes.c.id).scalar_subquery())
+    if prefix:
+        statement = statement.where(notes.c.name.startswith(prefix, autoescape=True))
     return {name: bytes(data) for name, data in connection.execute(statement)}
 
 
