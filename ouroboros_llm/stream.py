@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from functools import partial
 from queue import Empty
 from typing import Any, Self, cast
@@ -162,16 +162,21 @@ def results(streams: Sequence[Stream], ahead: int) -> list[GenerationResult]:
     return found
 
 
-async def off_the_loop(start: Callable[[], Iterator[Piece]]) -> AsyncGenerator[Piece]:
+def off_the_loop(start: Callable[[], Iterator[Piece]]) -> AsyncGenerator[Piece]:
     """The pieces that `start` answers with, for an event loop, which is never blocked.
 
     Args:
-        start: runs in a thread of its own, as it may load a model, read a long prompt or open a database. What it
-            returns is a `Stream`, or any other generator of pieces, which that thread then runs too.
+        start: runs in a thread of its own, as it may load a model, read a long prompt or open a database; in the
+            context of this call (`ouroboros_scope`), wherever the pieces are read. What it returns is a `Stream`, or
+            any other generator of pieces, which that thread then runs too.
 
-    Cancelling the task, or closing this generator, ends the decoding within one round and does not wait for that.
+    Cancelling the task, or closing the generator, ends the decoding within one round and does not wait for that.
     """
-    loop, context = asyncio.get_running_loop(), copy_context()
+    return _off_the_loop(start, copy_context())
+
+
+async def _off_the_loop(start: Callable[[], Iterator[Piece]], context: Context) -> AsyncGenerator[Piece]:
+    loop = asyncio.get_running_loop()
     # Not a shared pool: what waits there could take all the threads that those need which it waits for.
     thread = ThreadPoolExecutor(1, thread_name_prefix="ouroboros")
     pieces: Any = None

@@ -19,9 +19,11 @@ from llm_conformance import METHODS, ask
 from pydantic import BaseModel
 from speaker import Speaker, call, scopes
 from test_llama_index_tools import ADD, ADDED, stand_in
+from test_scopes import Watched
 
 from llama_index.llms.ouroboros import OuroborosLLM, ouroboros_scope
 from ouroboros_llm import Ouroboros
+from ouroboros_llm.ouroboros import DEFAULT_SCOPE
 
 instrument_tags = instrumentation.instrument_tags
 DOCUMENTS = [Document(text="The ouroboros eats its tail."), Document(text="The phoenix rises from ashes.")]
@@ -118,6 +120,19 @@ async def test_streams_keep_the_scope_in_which_they_were_begun(named: Any) -> No
         stream, astream = llm.stream_complete("hi"), await llm.astream_chat([ChatMessage("hi")])
     assert list(stream) and [one async for one in astream]
     assert names(speaker) == {"conversation:42"}
+
+
+async def test_streams_begun_without_a_scope_take_none_of_their_reader() -> None:
+    source = Watched()
+    with Ouroboros(tiny_model(), byte_tokenizer(), store=source) as ouroboros:
+        llm = OuroborosLLM(ouroboros=ouroboros, max_tokens=4)
+        messages = [ChatMessage("hi")]
+        streams = [llm.stream_complete("hi"), llm.stream_chat(messages)]
+        astreams = [await llm.astream_complete("hi"), await llm.astream_chat(messages)]
+        with ouroboros_scope("conversation:eve"):
+            assert all([list(stream) for stream in streams])
+            assert all([[one async for one in stream] for stream in astreams])
+    assert set(source.opened) == {DEFAULT_SCOPE}
 
 
 @pytest.mark.parametrize("named", NAMED)

@@ -56,6 +56,18 @@ async def test_every_call_that_names_no_scope_uses_it(ouroboros: Ouroboros, sour
     assert source.opened[-1] == DEFAULT_SCOPE
 
 
+async def test_a_stream_has_the_scope_in_which_it_was_begun(ouroboros: Ouroboros, source: Watched) -> None:
+    with ouroboros_scope("begun"):
+        stream, astream = ouroboros.stream("ab", options=SHORT), ouroboros.astream("ab", options=SHORT)
+    with ouroboros_scope("read"):
+        assert list(stream) and [piece async for piece in astream]
+    assert set(source.opened) == {"begun"}
+    stream, astream = ouroboros.stream("ab", options=SHORT), ouroboros.astream("ab", options=SHORT)
+    with ouroboros_scope("read"):
+        assert list(stream) and [piece async for piece in astream]
+    assert set(source.opened) == {"begun", DEFAULT_SCOPE}
+
+
 def test_the_innermost_holds_and_ends_with_its_block() -> None:
     with ouroboros_scope("a") as outer:
         assert (outer, current_scope()) == ("a", "a")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import Context, copy_context
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +33,8 @@ class Asking:
     _exchange: Exchange | None = None
 
     def pieces(self) -> Generator[Piece]:
-        """What the model says. Closing it closes the generation."""
-        pieces: Any = self._start()
-        try:
-            yield from pieces
-        finally:
-            pieces.close()
+        """What the model says, in the scope that holds here, wherever it is read. Closing it closes the generation."""
+        return self._pieces(copy_context())
 
     def apieces(self) -> AsyncGenerator[Piece]:
         """As `pieces`; what takes time happens in other threads."""
@@ -50,6 +47,13 @@ class Asking:
         else:
             deltas = [ContentDelta(piece.text)] if piece.text else []
         return said.add(deltas, piece.result)
+
+    def _pieces(self, context: Context) -> Generator[Piece]:
+        pieces: Any = context.run(self._start)
+        try:
+            yield from pieces
+        finally:
+            pieces.close()
 
     def _start(self) -> Iterator[Piece]:
         ouroboros = self.llm.load()
