@@ -36,7 +36,13 @@ def current_scope() -> str | None:
 
 
 def corpus_of(name: str) -> str:
-    """The scope of a corpus, which a developer may call by its scope too: `corpus:manuals` of both."""
+    """The scope of a corpus, which a developer may call by its scope too: `corpus:manuals` of both.
+
+    Raises:
+        OptionError: not a string.
+    """
+    if not isinstance(name, str):
+        raise OptionError(f"corpus_scope must be the name of a corpus, for example 'manuals', but got {name!r:.80}")
     return name if name.startswith("corpus:") else scope_of("corpus", name)
 
 

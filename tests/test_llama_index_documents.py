@@ -147,6 +147,13 @@ def test_the_corpus_must_have_a_name(ouroboros: Ouroboros) -> None:
     assert set(corpus(ouroboros).entries())
 
 
+def test_the_name_of_a_corpus_is_a_string(llm: OuroborosLLM) -> None:
+    named: Any = {"corpus_scope": 5}
+    for call in (llm.complete, llm.stream_complete, llm.remove_documents):
+        with pytest.raises(OptionError, match="corpus_scope must be the name of a corpus.* but got 5"):
+            call("hi", **named)
+
+
 def test_the_corpus_of_a_call() -> None:
     llm, speaker = asking(corpus_scope="manuals")
     llm.complete("hi")
