@@ -7,6 +7,7 @@ from contextlib import aclosing, closing
 from typing import TypeVar
 
 from ouroboros_llm import Piece
+from ouroboros_llm.stream import place
 
 from .asking import Asking
 from .responses import Respond, Said
@@ -43,7 +44,7 @@ def in_full(asking: Asking, respond: Respond[R]) -> R:
 async def ain_full(asking: Asking, respond: Respond[R]) -> R:
     """As `in_full`."""
     said = Said()
-    async with aclosing(asking.apieces()) as pieces:
+    async with place(), aclosing(asking.apieces()) as pieces:
         async for piece in pieces:
             asking.read(piece, said)
     said.delta = None
