@@ -61,8 +61,16 @@ def _encode_messages(
             return_dict=True,
         )
     except Exception as error:  # a template may raise anything, jinja's own errors and plain ones
+        if any(_lone_surrogate(message.get("content")) for message in messages):
+            raise PromptError(
+                "messages hold half of a character (a lone surrogate), which no tokenizer reads"
+            ) from error
         raise PromptError(f"the model's chat template refused the messages: {error}") from error
     return list(encoded["input_ids"])
+
+
+def _lone_surrogate(text: Any) -> bool:
+    return isinstance(text, str) and any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
 def _checked_ids(prompt: Any) -> list[int]:

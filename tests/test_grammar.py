@@ -556,3 +556,25 @@ def test_grammars_are_compiled_beside_each_other(monkeypatch: pytest.MonkeyPatch
         finally:
             go_on.set()
         assert found[0].result() is found[1].result()
+
+
+OBJECT = {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"r": {"$ref": "#"}}, "required": ["r"]},
+        {"$ref": "#/$defs/r", "$defs": {"r": {"properties": {"r": {"$ref": "#/$defs/r"}}, "required": ["r"]} | OBJECT}},
+        {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}, "required": ["a"]},
+    ],
+)
+def test_a_schema_without_an_end_is_an_error_that_says_so(schema: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="unless the grammar has none"):
+        matcher(Grammar.json_schema(schema)).shortest(40)
+
+
+def test_a_way_out_of_a_circle_is_short() -> None:
+    """In an address every character leads to where it came from, but for the @."""
+    schema = {"type": "object", "properties": {"a": {"type": "string", "format": "email"}}, "required": ["a"]}
+    assert len(matcher(Grammar.json_schema(schema)).shortest(80)) < 20

@@ -553,3 +553,14 @@ async def test_cancelling_an_agent_ends_the_decoding(tiny_ouroboros: Ouroboros) 
         await task
     tiny_ouroboros._worker.settle()
     assert not tiny_ouroboros._worker.requests
+
+
+def test_bad_tools_and_names_have_errors_that_help() -> None:
+    model, _ = chat("fine")
+    bad = {"type": "function", "function": {"name": "x", "description": "d", "parameters": "foo"}}
+    with pytest.raises(OptionError, match="parameters of tool 'x' must be a JSON Schema"):
+        model.bind_tools([bad])
+    with pytest.raises(OptionError, match="did you mean 'max_tokens'"):
+        ChatOuroboros(max_completion_tokens=5)  # type: ignore[call-arg]
+    with pytest.raises(OptionError, match=r"expected one of: .*response_format.*stop.*tool_choice"):
+        model.invoke("hi", zzz=1)

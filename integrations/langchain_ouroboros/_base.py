@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from ouroboros_llm import GenerationResult, OptionError, Ouroboros, Piece
 from ouroboros_llm.defaults import shared
+from ouroboros_llm.replies.asked import REPLY_SETTINGS
 from ouroboros_llm.scopes import corpus_of
 
 from ._fields import CALL_SETTINGS, SAMPLING, OuroborosFields, hint, our_names
@@ -35,7 +36,9 @@ class OuroborosModel(OuroborosFields):
         found = settings.get(SCOPES) or found_scopes()
         settings = {name: value for name, value in settings.items() if name not in ("stream", SCOPES)}
         for name in settings.keys() - CALL_SETTINGS:
-            raise OptionError(f"a call takes no argument {name!r}; {hint(name, CALL_SETTINGS)}")
+            raise OptionError(
+                f"a call takes no argument {name!r}; {hint(name, CALL_SETTINGS | REPLY_SETTINGS | {'stop'})}"
+            )
         call = self.model_copy(update=settings)
         if settings.get("scope") is None:
             call.scope = found.named or call.scope

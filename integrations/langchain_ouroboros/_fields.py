@@ -35,6 +35,9 @@ SAMPLING = (
 ALIASES = {"model_name": "model", "stop_sequences": "stop"}
 """Other providers' names for our fields."""
 
+_ELSEWHERE = {"max_completion_tokens": "max_tokens", "max_new_tokens": "max_tokens", "num_predict": "max_tokens"}
+"""What other packages call our fields, in more than other letters."""
+
 SCOPE_SETTINGS = frozenset({"scope", "read_scopes", "corpus_scope", "learn_agent"})
 """Fields that say whose phrases are used."""
 
@@ -205,5 +208,5 @@ def our_names() -> Iterator[None]:
 
 
 def hint(name: str, known: Collection[str]) -> str:
-    similar = get_close_matches(name, known, 1)
+    similar = [_ELSEWHERE[name]] if name in _ELSEWHERE else get_close_matches(name, known, 1)
     return f"did you mean {similar[0]!r}?" if similar else f"expected one of: {', '.join(sorted(known))}"

@@ -73,6 +73,8 @@ class Ending:
                 break
             # Where the same is asked again, the first answer may lead round in circles.
             number = turn[1] if turn[0] == len(counts) else seen[mask] // (_PATIENCE if closes else 1)
+            if number == seen[mask] == 1 and not closes and (new := self._news(here, mask, seen)):
+                options, number = new, 0
             seen[mask] += 1
             counts.append(min(len(options), _SAMPLED))
             token_id = options[number % len(options)]
@@ -90,7 +92,7 @@ class Ending:
         taken += forced[:count]
         if forced and not count:
             # The library takes text for a special token where the tokenizer has one for it.
-            token_id = int(self._vocabulary.shortest[here.compute_ff_bytes()[0]])
+            token_id = next((int(self._vocabulary.shortest[byte]) for byte in here.compute_ff_bytes()), -1)
             count = int(token_id >= 0 and here.consume_token(token_id))
             taken += [token_id] * count
         return count > 0
@@ -115,6 +117,18 @@ class Ending:
         if len(few) < len(others) and found[0][0][0] > 1:
             found = sorted((self._distance(here, token_id), token_id) for token_id in others)
         return [token_id for _, token_id in found], False
+
+    def _news(self, here: Any, mask: bytes, seen: Counter[bytes]) -> list[int]:
+        """Tokens of one byte that lead out of a circle, as the @ of an address does: to where what may come next is not
+        what it was anywhere before."""
+        found = []
+        for token_id in self._options(here, mask, whole=True)[0]:
+            there = here.deep_copy()
+            if there.consume_token(token_id):
+                self._forced(there, [])
+                if there.is_accepting() or there.compute_bitmask() not in seen:
+                    found.append(token_id)
+        return found
 
     def _distance(self, here: Any, token_id: int) -> tuple[int, int, bool]:
         """How far from an end a token leads: whether it ends the text or a part of it, or else forces something; then

@@ -58,10 +58,13 @@ class Matcher:
             found = self.ending.way(self.state(), limit - 1, _TRIES)
             self._shortest, self._tried = found or self._shortest, limit
         if self._shortest is None:
-            raise OptionError(f"no text of the grammar was found that ends within max_new_tokens={limit}; raise it")
+            raise OptionError(
+                f"no text of the grammar was found that ends within max_new_tokens={limit}; raise it, unless the "
+                "grammar has none, as that of a schema which requires itself inside itself"
+            )
         if len(self._shortest) + 1 > limit:
             raise OptionError(
-                f"max_new_tokens={limit} has no room for the shortest text of the grammar, which takes "
+                f"max_new_tokens={limit} has no room for the shortest text of the grammar that was found, which takes "
                 f"{len(self._shortest) + 1} tokens with the end token; raise it"
             )
         return self._shortest

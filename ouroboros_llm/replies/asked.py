@@ -78,6 +78,11 @@ def distinct(tools: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str):
             raise OptionError(f"tools must be functions with names, but got {tool!r:.80}")
+        parameters = tool["function"].get("parameters")
+        if not isinstance(parameters or {}, Mapping):
+            raise OptionError(
+                f"parameters of tool {name!r} must be a JSON Schema, a mapping, but got {parameters!r:.80}"
+            )
         by_name.setdefault(name, tool)
     return tuple(by_name.values())
 
