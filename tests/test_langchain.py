@@ -550,10 +550,12 @@ def test_constructing_loads_nothing_and_the_first_call_does(kind: Any, monkeypat
     model = kind()
     assert (model.model, loads) == (DEFAULT_MODEL, [])
     model.invoke("hi")
-    arguments = {"draft_model": None, "device": "auto", "dtype": "auto", "store": DEFAULT_STORE}
+    arguments = {"draft_model": None, "device": "auto", "dtype": "auto", "quantization": None, "store": DEFAULT_STORE}
     assert loads == [(DEFAULT_MODEL, arguments)]
-    kind(model_name="other", draft_model=Path("small"), device="cpu", dtype="float32", store=None).invoke("hi")
-    arguments = {"draft_model": "small", "device": "cpu", "dtype": "float32", "store": None}
+    kind(
+        model_name="other", draft_model=Path("small"), device="cpu", dtype="float32", quantization="int8", store=None
+    ).invoke("hi")
+    arguments = {"draft_model": "small", "device": "cpu", "dtype": "float32", "quantization": "int8", "store": None}
     assert loads[1] == ("other", arguments)
 
 

@@ -493,7 +493,13 @@ class TestLoading:
         assert calls == []
         llm.complete("x")
         llm.complete("x")
-        expected = {"draft_model": "b", "device": "cpu", "dtype": "float32", "store": DEFAULT_STORE}
+        expected = {
+            "draft_model": "b",
+            "device": "cpu",
+            "dtype": "float32",
+            "quantization": None,
+            "store": DEFAULT_STORE,
+        }
         assert calls == [(("/models/a",), expected)]
 
     def test_defaults(self, monkeypatch: pytest.MonkeyPatch) -> None:
