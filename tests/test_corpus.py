@@ -320,6 +320,14 @@ def test_the_parts_of_a_document_are_told_apart(ouroboros: Ouroboros) -> None:
     assert set(corpus(ouroboros).entries()) == {"x", "y"}
 
 
+def test_halves_of_characters_are_replaced(ouroboros: Ouroboros) -> None:
+    texts = {"a\ud800": "A lone \udc00half; a pair \ud83d\ude00 of them."}
+    assert ouroboros.index_documents(texts, scope=SCOPE).added == 1
+    assert matches(ouroboros, "A lone ") == ["\ufffdhalf; a pair \U0001f600 of them."]
+    assert ouroboros.index_documents(texts, scope=SCOPE).unchanged == 1
+    assert ouroboros.remove_documents(texts, scope=SCOPE) == 1
+
+
 def test_what_was_pruned_is_indexed_again(tmp_path: Path) -> None:
     store = PhraseStore(f"sqlite:///{tmp_path}/phrases.db")
     with store, Ouroboros(tiny_model(), TOKENIZER, store=store) as ouroboros:

@@ -34,6 +34,9 @@ _RUN = 4096
 
 _BLANK_LINES = re.compile(r"(\n(?:[ \t]*\n)+)")
 
+_HALVES = re.compile("[\ud800-\udfff]")
+"""Halves of characters, as broken JSON and file names leave them. No tokenizer takes them."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class DocumentPool:
@@ -114,7 +117,7 @@ def paragraphs(text: str) -> list[str]:
 def runs_of(text: str, tokenizer: PreTrainedTokenizerBase, seen: set[int]) -> Iterator[list[int]]:
     """The token runs of a text, without the paragraphs in `seen`, by hash, which grows by its own."""
     for stretch in _stretches(text, seen):
-        encoded = tokenizer(stretch, add_special_tokens=False, verbose=False)
+        encoded = tokenizer(_whole(stretch), add_special_tokens=False, verbose=False)
         token_ids: list[int] = encoded["input_ids"]
         yield from (token_ids[start : start + _RUN] for start in range(0, len(token_ids), _RUN))
 
@@ -133,6 +136,11 @@ def _stretches(text: str, seen: set[int]) -> Iterator[str]:
             stretch += paragraph
     if stretch:
         yield stretch
+
+
+def _whole(text: str) -> str:
+    """Text of whole characters: two halves make one, a lone one is replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if _HALVES.search(text) else text
 
 
 def _fitting(runs: list[Run], room: int) -> list[Run]:
