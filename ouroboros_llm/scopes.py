@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,7 +28,15 @@ def ouroboros_scope(scope: str) -> Iterator[str]:
     try:
         yield scope
     finally:
-        _current.reset(token)
+        try:
+            _current.reset(token)
+        except ValueError:
+            warnings.warn(
+                f"ouroboros_scope({scope!r}) ended in another context than it began in, as where a generator holds it "
+                "over a yield; calls behind the yield may have used another scope: name it in each of them",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
 
 def current_scope() -> str | None:

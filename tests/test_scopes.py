@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from functools import partial
 
 import pytest
 from conftest import byte_tokenizer, tiny_model
@@ -89,6 +90,20 @@ async def test_tasks_at_once_have_their_own() -> None:
     with ouroboros_scope("outer"):
         task = asyncio.create_task(asyncio.to_thread(current_scope))
     assert await task == "outer"
+
+
+def test_a_generator_that_is_read_in_several_contexts_says_so() -> None:
+    def speak() -> Iterator[str | None]:
+        with ouroboros_scope("a"):
+            yield current_scope()
+            yield current_scope()
+
+    speaking = speak()
+    read = partial(next, speaking, "end")
+    assert copy_context().run(read) == "a" and copy_context().run(read) is None, "as Python has it"
+    with pytest.warns(RuntimeWarning, match="name it in each of them"):
+        assert copy_context().run(read) == "end"
+    assert current_scope() is None
 
 
 def test_threads_see_it_with_a_copy_of_the_context() -> None:
