@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as default_messages_to_prompt
 from llama_index.core.base.llms.types import (
@@ -24,9 +24,6 @@ from .prompts import Prompt
 from .responses import chat_response, completion_response
 from .streams import aclosed_with, acumulative, ain_full, closed_with, cumulative, in_full
 from .tools import asked
-
-if TYPE_CHECKING:
-    pass
 
 
 class OuroborosLLM(ToolCalling):
