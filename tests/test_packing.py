@@ -296,7 +296,7 @@ def test_answers_join_and_leave_in_mid_flight(packs: list[list[int]]) -> None:
             assert len(answers[number]) == len(wanted) or (number % 4 == 2 and len(answers[number]) > 20)
         ouroboros.flush()
         assert ouroboros._worker.requests == 0 and ouroboros.kv_usage.in_use == 0
-    assert len({len(widths) for widths in packs}) > 2
+    assert len({len(widths) for widths in packs}) > 1
 
 
 def test_long_prompts_share_passes_as_far_as_they_fit(packs: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
