@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from databases import POSTGRES, administer, needs_postgres
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from sqlalchemy import make_url
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -59,7 +59,8 @@ from ouroboros_storage import database, sqlite_file
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long one example takes says more about the machine than about the code.
-settings.register_profile("no clock", deadline=None)
+SLOW_OR_SHARED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("no clock", deadline=None, suppress_health_check=SLOW_OR_SHARED)
 settings.load_profile("no clock")
 
 # Tiny matrices: a second thread costs more than it brings.

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, MORE_ARCHITECTURES, STATIC, blend, byte_tokenizer, plain, tiny_model
-from hypothesis import HealthCheck, given, settings
+from conftest import ARCHITECTURES, MORE_ARCHITECTURES, SLOW_OR_SHARED, STATIC, blend, byte_tokenizer, plain, tiny_model
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ouroboros_llm import DecodingOptions, MemoryPool, Ouroboros
@@ -111,7 +111,7 @@ class Pools:
         pass
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=SLOW_OR_SHARED)
 @given(
     drafters=st.sets(st.sampled_from(DRAFTERS)),
     prompt=st.lists(st.integers(5, 12), min_size=1, max_size=40),

@@ -9,8 +9,9 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from conftest import SLOW_OR_SHARED
 from databases import POSTGRES, needs_postgres
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ouroboros_llm import memory_pool
@@ -196,7 +197,7 @@ def test_token_ids_may_be_large(fill: Fill) -> None:
     assert pool.match(run[:-1]) == [Phrase((5,), match_length=4)]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=SLOW_OR_SHARED)
 @given(
     runs=st.lists(st.lists(st.integers(0, 3), max_size=2 * MATCH_LIMIT), max_size=6),
     tail=st.lists(st.integers(0, 3), max_size=2 * MATCH_LIMIT),

@@ -15,8 +15,9 @@ from random import Random
 from typing import Any
 
 import pytest
+from conftest import SLOW_OR_SHARED
 from databases import path_of, recall, remember
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import OperationalError
 
@@ -262,7 +263,7 @@ def test_a_store_never_exceeds_its_quota(any_url: str) -> None:
         assert store.stats().tokens == 0
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=SLOW_OR_SHARED)
 @given(
     lengths=st.lists(st.integers(2, 30), min_size=1, max_size=12),
     max_tokens=st.none() | st.integers(0, 120),
