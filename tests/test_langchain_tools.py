@@ -560,7 +560,7 @@ def test_bad_tools_and_names_have_errors_that_help() -> None:
     bad = {"type": "function", "function": {"name": "x", "description": "d", "parameters": "foo"}}
     with pytest.raises(OptionError, match="parameters of tool 'x' must be a JSON Schema"):
         model.bind_tools([bad])
-    with pytest.raises(OptionError, match="did you mean 'max_tokens'"):
+    with pytest.raises(ValueError, match="did you mean 'max_tokens'"):
         ChatOuroboros(max_completion_tokens=5)  # type: ignore[call-arg]
     with pytest.raises(OptionError, match=r"expected one of: .*response_format.*stop.*tool_choice"):
         model.invoke("hi", zzz=1)

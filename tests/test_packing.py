@@ -99,7 +99,7 @@ def at_once(ouroboros: Ouroboros, calls: Sequence[Callable[[], Any]]) -> list[An
     with held(ouroboros):
         for thread in threads:
             thread.start()
-        while ouroboros._worker.requests < len(calls):
+        while ouroboros._worker.requests < len(calls) and all(thread.is_alive() for thread in threads):
             threading.Event().wait(0.001)
     for thread in threads:
         thread.join(PATIENCE)
@@ -284,7 +284,7 @@ def test_answers_join_and_leave_in_mid_flight(packs: list[list[int]]) -> None:
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
         for thread in threads[:3]:
             thread.start()
-        while len(packs) < 5:
+        while len(packs) < 5 and any(thread.is_alive() for thread in threads[:3]):
             threading.Event().wait(0.001)
         for thread in threads[3:]:
             thread.start()

@@ -293,7 +293,7 @@ def test_a_long_argument_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> No
     query = "SELECT </tool_cal> " * 1000
     text = f'<tool_call>{{"name": "sql", "arguments": {{"query": "{query}"}}}}</tool_call>'
     reply = reply_of(deltas_of(hermes(), [text[place : place + 5] for place in range(0, len(text), 5)]))
-    assert reply == Reply("", tool_calls=(ToolCall("sql", {"query": query}, "call00000"),))
+    assert reply == Reply("", tool_calls=(ToolCall("sql", {"query": query}, call_id("", 0)),))
     assert searched < 10 * len(text)
 
 
