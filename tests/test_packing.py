@@ -240,6 +240,7 @@ def test_eight_answers_take_hardly_more_passes_than_one(packs: list[list[int]]) 
             lambda number=number: ouroboros.generate(prompts[number], scope=f"{number}", options=options)
             for number in range(8)
         ]
+        ouroboros.generate("narrow passes are measured by the first", options=DecodingOptions(max_new_tokens=1))
         with counted(model) as alone:
             results = [call() for call in calls]
         assert len(alone) == 8 * TOKENS
