@@ -12,7 +12,6 @@ from typing_extensions import override
 
 from ouroboros_llm import GenerationResult, OptionError, Ouroboros, Piece
 from ouroboros_llm.defaults import shared
-from ouroboros_llm.replies.asked import REPLY_SETTINGS
 from ouroboros_llm.scopes import corpus_of
 
 from ._fields import CALL_SETTINGS, SAMPLING, OuroborosFields, hint, our_names
@@ -36,13 +35,15 @@ class OuroborosModel(OuroborosFields):
         found = settings.get(SCOPES) or found_scopes()
         settings = {name: value for name, value in settings.items() if name not in ("stream", SCOPES)}
         for name in settings.keys() - CALL_SETTINGS:
-            raise OptionError(
-                f"a call takes no argument {name!r}; {hint(name, CALL_SETTINGS | REPLY_SETTINGS | {'stop'})}"
-            )
+            raise OptionError(f"a call takes no argument {name!r}; {hint(name, self._call_names())}")
         call = self.model_copy(update=settings)
         if settings.get("scope") is None:
             call.scope = found.named or call.scope
         return (call._checked() if settings else call)._settled(found)
+
+    def _call_names(self) -> frozenset[str]:
+        """What a call may be given."""
+        return CALL_SETTINGS | {"stop"}
 
     def _settled(self, found: FoundScopes) -> Self:
         """This model, a copy for one call, with the scopes that hold there."""

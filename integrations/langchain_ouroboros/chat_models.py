@@ -264,6 +264,10 @@ class ChatOuroboros(OuroborosModel, BaseChatModel):
                     await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
 
+    @override
+    def _call_names(self) -> frozenset[str]:
+        return super()._call_names() | REPLY_SETTINGS
+
     def _exchange(self, messages: list[BaseMessage], stop: list[str] | None, settings: dict[str, Any]) -> Exchange:
         """What is asked in a call, with its settings. Raises OptionError."""
         reply = {name: value for name, value in settings.items() if name in REPLY_SETTINGS}
