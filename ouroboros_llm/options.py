@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from .drafting.names import check_drafters
@@ -156,3 +156,7 @@ def spread(name: str, value: Any, count: int) -> list[Any]:
     if len(value) != count:
         raise OptionError(f"{name} must be one for all {count} prompts or a list of {count}, but got {len(value)}")
     return list(value)
+
+
+SETTINGS = tuple("max_tokens" if one.name == "max_new_tokens" else one.name for one in fields(DecodingOptions))
+"""The options as frameworks call them."""

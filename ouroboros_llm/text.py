@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral
 from typing import Any, TypeAlias, cast
@@ -13,6 +14,9 @@ from .errors import PromptError
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text as it is (no template), token ids, or chat messages."""
+
+HALVES = re.compile("[\ud800-\udfff]")
+"""Halves of characters, as broken JSON and file names leave them. No tokenizer takes them."""
 
 
 def encode(
@@ -61,16 +65,12 @@ def _encode_messages(
             return_dict=True,
         )
     except Exception as error:  # a template may raise anything, jinja's own errors and plain ones
-        if any(_lone_surrogate(message.get("content")) for message in messages):
+        if any(HALVES.search(str(message.get("content"))) for message in messages):
             raise PromptError(
                 "messages hold half of a character (a lone surrogate), which no tokenizer reads"
             ) from error
         raise PromptError(f"the model's chat template refused the messages: {error}") from error
     return list(encoded["input_ids"])
-
-
-def _lone_surrogate(text: Any) -> bool:
-    return isinstance(text, str) and any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
 def _checked_ids(prompt: Any) -> list[int]:

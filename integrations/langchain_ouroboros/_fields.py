@@ -14,22 +14,12 @@ from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, field_validator,
 from ouroboros_llm import DecodingOptions, OptionError, Ouroboros, __version__
 from ouroboros_llm.defaults import DEFAULT_STORE, default_model
 from ouroboros_llm.memory_pool import MemorySource
+from ouroboros_llm.options import SETTINGS
 
-SAMPLING = (
-    "temperature",
-    "max_tokens",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "seed",
-    "exact",
-    "max_rounds",
-    "overflow",
-)
+SPEED_SETTINGS = frozenset({"max_draft_tokens", "drafters", "timeout"})
+"""Fields that only change how soon the text comes, or whether."""
+
+SAMPLING = tuple(name for name in SETTINGS if name not in {*SPEED_SETTINGS, "stop", "grammar"})
 """Fields that say what is generated; `stop` is one too, but LangChain hands it over by itself."""
 
 ALIASES = {"model_name": "model", "stop_sequences": "stop"}
@@ -40,9 +30,6 @@ _ELSEWHERE = {"max_completion_tokens": "max_tokens", "max_new_tokens": "max_toke
 
 SCOPE_SETTINGS = frozenset({"scope", "read_scopes", "corpus_scope", "learn_agent"})
 """Fields that say whose phrases are used."""
-
-SPEED_SETTINGS = frozenset({"max_draft_tokens", "drafters", "timeout"})
-"""Fields that only change how soon the text comes, or whether."""
 
 CALL_SETTINGS = frozenset({*SAMPLING, *SCOPE_SETTINGS, *SPEED_SETTINGS, "model"})
 """Fields that a call may give another value."""
@@ -184,18 +171,11 @@ class OuroborosFields(BaseLanguageModel[Any]):
     def _options(self, stop: list[str] | None, **form: Any) -> DecodingOptions:
         """`form`: options that give the reply a form."""
         options = {name: getattr(self, name) for name in SAMPLING}
-        # A reply that is kept to a form ends by itself; a stop string in its middle would break it.
-        limit, stops = options.pop("max_tokens"), () if form.get("grammar") else tuple(self._stop(stop) or ())
+        options |= {"max_new_tokens": options.pop("max_tokens"), "stop": tuple(self._stop(stop) or ())}
+        options |= {"max_draft_tokens": self.max_draft_tokens, "timeout": self.timeout}
+        options["drafters"] = None if self.drafters is None else tuple(self.drafters)
         with our_names():
-            return DecodingOptions(
-                max_new_tokens=limit,
-                stop=stops,
-                max_draft_tokens=self.max_draft_tokens,
-                drafters=None if self.drafters is None else tuple(self.drafters),
-                timeout=self.timeout,
-                **options,
-                **form,
-            )
+            return DecodingOptions(**options | form)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import OptionError, StoreError
 from ..memory_pool import MemoryPool, Run
 from ..phrases import Phrase, PoolStats
+from ..text import HALVES
 
 TEXT_FILES = frozenset(
     ".c .cfg .cpp .cs .css .csv .go .h .hpp .html .ini .java .js .json .jsonl .kt .lua .md .php .py .rb .rs .rst "
@@ -33,9 +34,6 @@ _RUN = 4096
 """Tokens of a run at most."""
 
 _BLANK_LINES = re.compile(r"(\n(?:[ \t]*\n)+)")
-
-_HALVES = re.compile("[\ud800-\udfff]")
-"""Halves of characters, as broken JSON and file names leave them. No tokenizer takes them."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -140,7 +138,7 @@ def _stretches(text: str, seen: set[int]) -> Iterator[str]:
 
 def _whole(text: str) -> str:
     """Text of whole characters: two halves make one, a lone one is replaced."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if _HALVES.search(text) else text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if HALVES.search(text) else text
 
 
 def _fitting(runs: list[Run], room: int) -> list[Run]:

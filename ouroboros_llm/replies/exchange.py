@@ -75,12 +75,9 @@ class Exchange:
         about: str = "",
         written: Callable[[list[dict[str, Any]]], str] | None = None,
     ) -> None:
-        """Args:
-        ids: of the calls in the conversation so far.
-        about: what tells this question from another one of the same words, for the ids of its calls.
-        written: makes text of the messages, in place of the chat template, which then sees neither them nor the
-            tools.
-        """
+        """`ids`: of the calls in the conversation so far; `about`: what tells this question from another one of the
+        same words, for the ids of its calls; `written`: makes text of the messages, in place of the chat template,
+        which then sees neither them nor the tools."""
         self._to_dicts, self.asked, self._written = to_dicts, asked, written
         self._ids, self._about = tuple(ids), about
         self._deltas: list[Delta] = []
@@ -99,11 +96,14 @@ class Exchange:
             format = replace(format, bare=True)
         if habits.begins_replies:
             end = str(ouroboros.tokenizer.decode(ouroboros.encode(self.prompt, tools=self.tools)[-_PROMPT_END:]))
-        self.kept_tokens, self.form = format.kept_tokens, self._form(format, end)
+        form = self._form(format, end)
+        # A reply that is kept to a form ends by itself; a stop string in its middle would break it.
+        self.kept_tokens, self.form = format.kept_tokens, {"stop": (), **form} if form else {}
         self._reading = format.stream(asked.tools, prompt=end, ids=self._ids, about=self._place())
 
     def _place(self) -> str:
-        return json.dumps([self._about, self.prompt, self.tools], default=str)
+        """What ids of calls come from, where there may be any."""
+        return json.dumps([self._about, self.prompt, self.tools], default=str) if self.asked.tools else ""
 
     def _form(self, format: ReplyFormat, prompt_end: str) -> dict[str, Any]:
         thinking = (s for s in format.sections if s.kind == "reasoning" and prompt_end.rstrip().endswith(s.open))

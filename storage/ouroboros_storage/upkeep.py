@@ -219,7 +219,7 @@ def _drop(connection: Connection, ids: Select[Any]) -> int:
 
 
 def _drop_notes(connection: Connection, scope_id: int) -> None:
-    learned = notes.c.scope_id == scope_id, notes.c.name.not_like(f"{NOTES}%")
+    learned = notes.c.scope_id == scope_id, ~notes.c.name.startswith(NOTES, autoescape=True)
     excess = (connection.scalar(select(func.count()).select_from(notes).where(*learned)) or 0) - _KEPT_NOTES
     if excess > 0:
         oldest = select(notes.c.name).where(*learned).order_by(notes.c.last_used, notes.c.name).limit(excess)

@@ -74,8 +74,7 @@ class Asking:
     def _kept_to(self, form: Mapping[str, Any]) -> DecodingOptions:
         if form and self.options.grammar is not None:
             raise OptionError("grammar cannot be given beside a forced call or response_format; leave one out")
-        # A reply that is kept to a form ends by itself; a stop string in its middle would break it.
-        return replace(self.options, stop=(), **form) if form else self.options
+        return replace(self.options, **form)
 
 
 @contextmanager

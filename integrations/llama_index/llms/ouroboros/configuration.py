@@ -24,6 +24,7 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from ouroboros_llm import DecodingOptions, OptionError, Ouroboros
 from ouroboros_llm.defaults import DEFAULT_STORE, default_model, shared
 from ouroboros_llm.model_facts import ModelFacts, facts_of
+from ouroboros_llm.options import SETTINGS
 from ouroboros_llm.replies.asked import REPLY_SETTINGS
 from ouroboros_llm.scopes import corpus_of, current_scope
 
@@ -32,25 +33,7 @@ from .metadata import loaded_facts, metadata_of
 from .scopes import tagged_scope
 
 _LOADING = ("draft_model", "device", "dtype", "quantization", "store")
-_OPTIONS = (
-    "temperature",
-    "max_tokens",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "seed",
-    "stop",
-    "exact",
-    "max_draft_tokens",
-    "max_rounds",
-    "timeout",
-    "overflow",
-    "drafters",
-)
+_OPTIONS = tuple(name for name in SETTINGS if name != "grammar")
 _KEYWORDS = (*_OPTIONS, "grammar", "scope", "read_scopes", "corpus_scope", *sorted(REPLY_SETTINGS))
 
 
