@@ -53,14 +53,16 @@ from ouroboros_llm.drafting.worth import Worth
 from ouroboros_llm.target import prepared
 from ouroboros_llm.target.eager import EagerTarget
 from ouroboros_llm.target.packing import Packer
+from ouroboros_llm.target.prepared import fingerprint
+from ouroboros_llm.worker import worker_of
 from ouroboros_storage import database, sqlite_file
 
 # Ctrl-C is ignored, here and in what tests start, where a shell has put the tests into the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long one example takes says more about the machine than about the code.
-SLOW_OR_SHARED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-settings.register_profile("no clock", deadline=None, suppress_health_check=SLOW_OR_SHARED)
+fine = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("no clock", deadline=None, suppress_health_check=fine)
 settings.load_profile("no clock")
 
 # Tiny matrices: a second thread costs more than it brings.
@@ -166,13 +168,41 @@ STATIC = (
 """Architectures whose drafts are verified in passes of fixed shape, if that is asked for."""
 
 
-@functools.cache
-def tiny_model(architecture: str = "llama", seed: int = 0, context: int = 512) -> PreTrainedModel:
-    """A random float32 model of two layers; the same object for the same arguments."""
+def own_model(architecture: str = "llama", seed: int = 0, context: int = 512) -> PreTrainedModel:
+    """A random float32 model of two layers that nobody else has, so that a test may change it."""
     torch.manual_seed(seed)
     config = (ARCHITECTURES | MORE_ARCHITECTURES)[architecture]()
     config.max_position_embeddings = context
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+_shared: dict[tuple[Any, ...], tuple[PreTrainedModel, object]] = {}
+
+
+def tiny_model(architecture: str = "llama", seed: int = 0, context: int = 512) -> PreTrainedModel:
+    """As `own_model`, but the same object for the same arguments: what tests only read."""
+    key = architecture, seed, context
+    if key not in _shared:
+        model = own_model(*key)
+        _shared[key] = model, likeness(model)
+    return _shared[key][0]
+
+
+def likeness(model: PreTrainedModel) -> object:
+    """What a test could see of another one's changes."""
+    worker = worker_of(model)
+    # Saving notes these two.
+    config = model.config.to_dict() | {"dtype": None, "architectures": None}
+    return fingerprint(model), config, worker.max_active, worker.max_waiting
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_models_stay_as_they_are() -> Iterator[None]:
+    yield
+    changed = [key for key, (model, before) in _shared.items() if likeness(model) != before]
+    for key in changed:
+        del _shared[key]
+    assert not changed, f"a test of this file changed {changed}, which others use too; own_model() is its own"
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, own_model, tiny_model
 from databases import POSTGRES, needs_postgres
 
 from ouroboros_llm import DecodingOptions, GenerationResult, OptionError, Ouroboros, PoolSource, StoreError
@@ -206,7 +206,7 @@ def test_documents_that_are_removed_are_gone(open_one: Callable[[], Ouroboros], 
 
 
 def other_tokenizer(store: Any) -> Ouroboros:
-    tokenizer, model = copy.deepcopy(TOKENIZER), tiny_model()
+    tokenizer, model = copy.deepcopy(TOKENIZER), own_model()
     tokenizer.add_tokens(["<another>"])
     model.resize_token_embeddings(len(tokenizer))
     return Ouroboros(model, tokenizer, store=store)

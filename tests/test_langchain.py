@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, own_model
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage, AIMessageChunk, ChatMessage, HumanMessage, SystemMessage, ToolMessage
@@ -815,6 +815,6 @@ def test_an_error_of_one_prompt_ends_the_others() -> None:
 @pytest.mark.parametrize("cls", CLASSES)
 async def test_a_batch_may_be_longer_than_the_queue(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ouroboros_llm.stream.PLACES", 4)
-    ouroboros = Ouroboros(tiny_model(), byte_tokenizer(), store=None, max_active=2, max_waiting=2)
+    ouroboros = Ouroboros(own_model(), byte_tokenizer(), store=None, max_active=2, max_waiting=2)
     model = cls(ouroboros=ouroboros, max_tokens=4)
     assert len({text_of(answer) for answer in await model.abatch(["Hi"] * 12)}) == 1

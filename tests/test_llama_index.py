@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, own_model
 from llama_index.core import Document, PromptTemplate, SummaryIndex
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole, TextBlock
 from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler, TokenCountingHandler
@@ -659,6 +659,6 @@ class TestTinyModel:
 
 async def test_questions_at_once_may_be_more_than_the_queue_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ouroboros_llm.stream.PLACES", 4)
-    ouroboros = Ouroboros(tiny_model(), byte_tokenizer(), store=None, max_active=2, max_waiting=2)
+    ouroboros = Ouroboros(own_model(), byte_tokenizer(), store=None, max_active=2, max_waiting=2)
     llm = OuroborosLLM(ouroboros=ouroboros, max_tokens=4)
     assert len({answer.text for answer in await asyncio.gather(*(llm.acomplete("Hi") for _ in range(12)))}) == 1

@@ -28,9 +28,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def llm() -> Iterator[OuroborosLLM]:
-    model = tiny_model()
-    model.config.max_position_embeddings = CONTEXT
-    with Ouroboros(model, byte_tokenizer()) as ouroboros:
+    with Ouroboros(tiny_model(context=CONTEXT), byte_tokenizer()) as ouroboros:
         yield OuroborosLLM(ouroboros=ouroboros, max_tokens=4)
 
 

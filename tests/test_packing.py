@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, byte_tokenizer, plain, tiny_model
+from conftest import ARCHITECTURES, byte_tokenizer, own_model, plain, tiny_model
 
 import ouroboros_llm.target.packing
 from ouroboros_llm import DecodingOptions, GenerationResult, OptionError, Ouroboros, QueueFullError
@@ -471,7 +471,7 @@ def test_wide_passes_over_prompts_are_measured_alone_too() -> None:
 
 
 def test_a_batch_may_be_longer_than_the_queue() -> None:
-    model = type(tiny_model())(tiny_model().config).eval()
+    model = own_model()
     with Ouroboros(model, byte_tokenizer(), max_active=2, max_waiting=1) as ouroboros:
         results = ouroboros.batch([f"{number}" for number in range(12)], options=DecodingOptions(max_new_tokens=4))
         assert [list(one.token_ids) for one in results] == [plain(model, ids(f"{n}"), 4) for n in range(12)]

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer, plain, tiny_model
+from conftest import byte_tokenizer, own_model, plain, tiny_model
 
 import ouroboros_llm.device_memory
 from ouroboros_llm import (
@@ -226,7 +226,7 @@ def test_custom_generate_gets_its_turn_beside_streams(tiny_ouroboros: Ouroboros)
 
 
 def test_one_too_many_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = type(tiny_model())(tiny_model().config).eval()
+    model = own_model()
     go_on = threading.Event()
     verify = EagerTarget.verify
     with Ouroboros(model, byte_tokenizer(), max_active=1, max_waiting=2) as ouroboros:

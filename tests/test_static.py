@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STATIC, byte_tokenizer, plain, tiny_model
+from conftest import STATIC, byte_tokenizer, own_model, plain, tiny_model
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface
 
 import ouroboros_llm.target.prepared
 from ouroboros_llm import DecodingOptions, OptionError, Ouroboros
@@ -34,12 +34,6 @@ CPU = torch.device("cpu")
 TEXT = [5 + number * 7 % 90 for number in range(40)]
 TREE = DraftTree((60, 61, 62, 63, 64, 65), (-1, 0, 0, 1, 2, 4), (1.0,) * 6, ("",) * 6, (None,) * 6)
 OPTIONS = DecodingOptions(max_new_tokens=24)
-
-
-def fresh(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
-    """A tiny model that nobody else has."""
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(tiny_model(architecture).config).eval().to(dtype)
 
 
 def read(prepared: PreparedModel, text: list[int] = TEXT) -> Any:
@@ -249,7 +243,7 @@ def test_attention_is_the_formula(softcap: float | None, sinks: bool) -> None:
 
 
 def test_whoever_calls_the_model_during_a_pass_gets_what_it_always_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = fresh()
+    model = own_model()
     ids = torch.tensor([TEXT])
     with torch.no_grad():
         alone = model(ids).logits
@@ -267,13 +261,13 @@ def test_whoever_calls_the_model_during_a_pass_gets_what_it_always_said(monkeypa
         attending = static_of(ouroboros._prepared)._attending
         # What is registered is bound already.
         AttentionInterface.register(attending.name, lambda *args, **kwargs: meanwhile(attending, *args, **kwargs))
-        result = ouroboros.generate(TEXT, options=OPTIONS)
+        result = ouroboros.generate(TEXT, scope="another", options=OPTIONS)
     assert list(result.token_ids) == plain(model, TEXT, 24)
     assert during and all(torch.equal(logits, alone) for logits in during)
 
 
 def test_the_wrapped_model_is_as_it_was() -> None:
-    model = fresh("gemma3_mixed")
+    model = own_model("gemma3_mixed")
     before = {name: id(value) for name, value in model.state_dict(keep_vars=True).items()}
     modules, config = {id(module) for module in model.modules()}, model.config.to_dict()
     said = plain(model, TEXT, 24)
@@ -286,7 +280,7 @@ def test_the_wrapped_model_is_as_it_was() -> None:
 
 
 def test_weights_that_are_changed_in_place_are_changed_for_both() -> None:
-    model = fresh()
+    model = own_model()
     twin = twin_of(model)
     assert {id(parameter) for parameter in twin.parameters()} == {id(parameter) for parameter in model.parameters()}
     assert not {id(module) for module in twin.modules()} & {id(module) for module in model.modules()}
@@ -299,15 +293,25 @@ def test_weights_that_are_changed_in_place_are_changed_for_both() -> None:
         assert list(result.token_ids) == plain(model, [9, *TEXT], 24)
 
 
+def test_modules_that_were_put_in_others_places_are_seen_by_who_wraps_the_model_again() -> None:
+    model = own_model()
+    for _ in range(2):
+        with Ouroboros(model, byte_tokenizer(), target="static") as ouroboros:
+            assert list(ouroboros.generate(TEXT, options=OPTIONS).token_ids) == plain(model, TEXT, 24)
+        # As an adapter does.
+        layer = model.model.layers[0].mlp
+        layer.up_proj = torch.nn.Sequential(layer.up_proj, torch.nn.Linear(48, 48))
+
+
 def test_parts_of_a_twin_s_configuration_are_its_own() -> None:
-    model = fresh()
+    model = own_model()
     twin = twin_of(model)
     configs = {id(module.config) for module in twin.modules() if hasattr(module, "config")}
     assert configs == {id(twin.config)} and twin.config is not model.config
 
 
 def test_a_model_that_nobody_holds_is_freed_and_its_name_forgotten() -> None:
-    model = fresh()
+    model = own_model()
     name = static_of(prepare(model, "static"))._attending.name
     assert name in AttentionInterface() and name in AttentionMaskInterface()
     gone = weakref.ref(model)
@@ -354,7 +358,7 @@ def test_such_a_model_would_be_wrong_without_a_word(monkeypatch: pytest.MonkeyPa
 
 
 def test_weights_on_several_devices_are_left_to_the_library() -> None:
-    model = fresh()
+    model = own_model()
     model.hf_device_map = {"": 0}
     found = prepare(model, "static")
     assert found.way.missed is not None and "devices" in found.way.missed
@@ -386,7 +390,7 @@ def test_on_a_cpu_the_faster_way_is_taken(wins: list[bool], monkeypatch: pytest.
     races = iter([seconds for won in wins for seconds in ((0.8, 1.0) if won else (1.0, 1.0))])
     monkeypatch.setattr(ouroboros_llm.target.prepared, "_seconds", lambda target: next(races))
     monkeypatch.setattr(ouroboros_llm.target.prepared, "_LONG", 10.0)
-    model = fresh("qwen3")
+    model = own_model("qwen3")
     chosen = prepare(model)
     assert (chosen.way.static is not None) is all(wins)
     assert next(races, None) is None, "the first race that is lost is the last"
@@ -396,7 +400,7 @@ def test_on_a_cpu_the_faster_way_is_taken(wins: list[bool], monkeypatch: pytest.
 def test_long_passes_are_not_raced_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ouroboros_llm.target.prepared, "_LONG", 0.0)
     monkeypatch.setattr(ouroboros_llm.target.prepared, "StaticForward", None)
-    assert prepare(fresh("qwen3")).way.static is None
+    assert prepare(own_model("qwen3")).way.static is None
 
 
 def test_passes_of_fixed_shape_are_made_with_others_too() -> None:
@@ -459,19 +463,19 @@ def test_no_rounded_logit_overtakes_an_exact_one() -> None:
 
 
 def test_a_head_in_single_precision_shares_its_weights() -> None:
-    model = fresh(dtype=torch.bfloat16)
+    model = own_model().bfloat16()
     twin = twin_of(model)
     assert put_float32_head(twin)
     head = twin.get_output_embeddings()
     assert isinstance(head, Float32Head) and head.weight is model.get_output_embeddings().weight
     assert type(model.get_output_embeddings()) is torch.nn.Linear
     assert twin(torch.tensor([TEXT])).logits.dtype == torch.float32
-    assert not put_float32_head(twin_of(fresh()))
+    assert not put_float32_head(twin_of(own_model()))
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gpt_neox", "phi", "gemma2_softcap"])
 def test_in_half_precision_prompts_and_drafts_get_logits_in_single(architecture: str) -> None:
-    model = fresh(architecture, torch.bfloat16)
+    model = own_model(architecture).bfloat16()
     prepared = prepare(model, "static")
     target = prepared.start()
     prompt = target.prefill(TEXT)

@@ -15,7 +15,6 @@ from random import Random
 from typing import Any
 
 import pytest
-from conftest import SLOW_OR_SHARED
 from databases import path_of, recall, remember
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -263,7 +262,7 @@ def test_a_store_never_exceeds_its_quota(any_url: str) -> None:
         assert store.stats().tokens == 0
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=SLOW_OR_SHARED)
+@settings(max_examples=30)
 @given(
     lengths=st.lists(st.integers(2, 30), min_size=1, max_size=12),
     max_tokens=st.none() | st.integers(0, 120),

@@ -83,6 +83,8 @@ class _Known:
 
     state: object
     """What the model was like: device, precision, attention."""
+    parts: int
+    """What it was made of."""
     fingerprint: str
     ways: dict[Kind, Way]
     lock: threading.RLock
@@ -124,11 +126,13 @@ def prepare(model: PreTrainedModel, kind: Kind = "auto") -> PreparedModel:
 def _known_of(model: PreTrainedModel) -> _Known:
     """With what the library's own forward can do, at least."""
     state = (model.device, model.dtype, model.config.get_text_config(decoder=True)._attn_implementation)
-    if model not in _known or _known[model].state != state:
+    # Whoever adapts layers or resizes embeddings puts other modules in their places, which a twin does not see.
+    parts = hash((*map(id, model.modules()), *map(id, model.parameters())))
+    if model not in _known or (_known[model].state, _known[model].parts) != (state, parts):
         StepwiseTarget(model)  # refuses what no target can run
         model.train(False)
         found, lock = probe(model), threading.RLock()
-        known = _Known(state, fingerprint(model), {}, lock)
+        known = _Known(state, parts, fingerprint(model), {}, lock)
         times = _times_of(model, known, "eager")
         known.ways["eager"] = Way(found, times, Packer(times, lock) if found.packs else None)
         if found.branching != "none":
