@@ -11,6 +11,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .decoder import Decoder
+from .drafting.answers import known_answer, note_answer
 from .drafting.base import Round
 from .drafting.blend import Blend
 from .drafting.memory import Memory, sources
@@ -57,7 +58,8 @@ def custom_generate(
     prompt = input_ids[0].tolist()
     prepared = prepare(model)
     memory = Memory.recall(phrase_pool, prepared.fingerprint) if phrase_pool is not None else Memory()
-    found = sources(DEFAULT_DRAFTERS, memory, write=phrase_pool, sampling=bool(config.do_sample))
+    answer = known_answer([phrase_pool], prepared.fingerprint, prompt) if phrase_pool is not None else None
+    found = sources(DEFAULT_DRAFTERS, memory, answer=answer, write=phrase_pool, sampling=bool(config.do_sample))
     decoder = Decoder(prepared.start(), Blend(found, memory.calibration), successors=KEPT)
     sampler = Sampler(logits_processor or (), sample=bool(config.do_sample))
     rounds = decoder.rounds(
@@ -70,6 +72,7 @@ def custom_generate(
             ouroboros_streamer.put(torch.tensor(token_ids))
     if phrase_pool is not None:
         phrase_pool.add(output)
+        note_answer(phrase_pool, prepared.fingerprint, prompt, output)
         memory.remember(phrase_pool, prepared.fingerprint)
     if ouroboros_streamer is not None:
         ouroboros_streamer.end()

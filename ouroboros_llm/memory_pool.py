@@ -102,6 +102,12 @@ class MemoryPool:
         with self._lock:
             return run_key(token_ids[-self.capacity :]) in self._runs
 
+    def read(self, name: str) -> tuple[int, ...]:
+        """The run whose key (`run_key`) is the note of this name; nothing where there is no such note or run."""
+        with self._lock:
+            shelf, number = self._runs.get(self._notes.get(name, b""), (None, 0))
+            return () if shelf is None else tuple(shelf.run(number).token_ids)
+
     def holds_all(self, keys: Collection[bytes]) -> bool:
         """Whether all runs with these keys (`run_key`) are in the pool."""
         with self._lock:
@@ -241,9 +247,13 @@ class _Shelf:
         """The runs that lie here still, but those with these keys."""
         for number, key in enumerate(self.keys):
             if self.counts[number] and key not in without:
-                start = self._starts[number]
-                token_ids = self.segment.token_ids[start : start + self.lengths[number]]
-                yield Run(token_ids, self.counts[number], self.answers[number])
+                yield self.run(number)
+
+    def run(self, number: int) -> Run:
+        """The run of this number."""
+        start = self._starts[number]
+        token_ids = self.segment.token_ids[start : start + self.lengths[number]].tolist()
+        return Run(token_ids, self.counts[number], self.answers[number])
 
     def tail(self, length: int) -> list[int]:
         """The last tokens of the last run."""

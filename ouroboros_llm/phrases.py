@@ -98,6 +98,14 @@ class Notebook(Protocol):
 
 
 @runtime_checkable
+class AnswerBook(Notebook, Protocol):
+    """A notebook whose notes may point to runs."""
+
+    def read(self, name: str) -> tuple[int, ...]:
+        """The run whose key (`run_key`) is the note of this name; nothing where there is no such note or run."""
+
+
+@runtime_checkable
 class DocumentNotebook(Notebook, Protocol):
     """A notebook that can tell whether the runs of a document are still there."""
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from .decoder import Cost, fit
 from .draft_tree import MAX_WIDTH, DraftTree
+from .drafting.answers import known_answer, note_answer
 from .drafting.base import Budget, Drafter, Round, Successors
 from .drafting.blend import Blend
 from .drafting.memory import Memory, sources
@@ -27,6 +28,9 @@ RECORDED = 256
 """Tokens that `record` lets an answer have unless told otherwise."""
 
 _SEVERAL = 3
+
+_RECORDED = "recorded"
+"""Stands for the fingerprint of the model that was recorded."""
 
 REPLAYED = ("phrases", "recycling")
 """The drafters that need no model."""
@@ -72,11 +76,14 @@ class History:
         self._drafters = drafters
         self.pool, self.memory = MemoryPool(), Memory()
 
-    def drafter(self) -> Drafter:
-        return Blend(sources(self._drafters, self.memory, write=self.pool), self.memory.calibration)
+    def drafter(self, prompt_ids: Sequence[int]) -> Drafter:
+        answer = known_answer([self.pool], _RECORDED, prompt_ids)
+        found = sources(self._drafters, self.memory, answer=answer, write=self.pool)
+        return Blend(found, self.memory.calibration)
 
     def remember(self, trace: Trace) -> None:
         self.pool.add(trace.token_ids)
+        note_answer(self.pool, _RECORDED, trace.prompt_ids, trace.token_ids)
 
 
 def replay(
@@ -103,7 +110,7 @@ def replay(
             if cold:
                 history = History(drafters)
             score = scores.setdefault(trace.category, Score())
-            for round in rounds(trace, history.drafter(), cost=cost, width=width, end_token_ids=ends):
+            for round in rounds(trace, history.drafter(trace.prompt_ids), cost=cost, width=width, end_token_ids=ends):
                 score.add(round, cost)
             history.remember(trace)
         yield scores

@@ -14,6 +14,7 @@ from .decoder import Decoder
 from .device_memory import out_of_memory
 from .draft_tree import MAX_WIDTH, DraftTree
 from .drafting import lookahead
+from .drafting.answers import known_answer, note_answer
 from .drafting.base import Drafter, NoDrafts, Round, Source
 from .drafting.blend import Blend
 from .drafting.draft_model import ALTERNATIVES, DraftModel, DraftModelDrafter
@@ -102,6 +103,7 @@ class Turn:
         finally:
             for pool in (self._write, *self._also):
                 pool.add(self._transcript.token_ids)
+                note_answer(pool, self._prepared.fingerprint, self._prompt_ids, self._transcript.token_ids)
             self._remember()
         return Piece(tail, (), self._result(cached, reason))
 
@@ -222,10 +224,12 @@ class Turn:
         names = self._names
         memory, text = self._session.memory, RunningText()
         sampling = not self._options.greedy
+        answer = known_answer((self._write, *read), self._prepared.fingerprint, self._prompt_ids)
         found = sources(
             names,
             memory,
             text=text,
+            answer=answer,
             write=self._write,
             read=read,
             documents=documents,
@@ -236,7 +240,10 @@ class Turn:
         if self._constraint is not None:
             found.insert(0, GrammarSource(self._constraint.place))
         if self._workspace.draft_target is None or "draft_model" not in names:
-            return self._with_window(names, self._paying(Blend(found, memory.calibration))), None
+            # Of an answer that is known, other answers' drafts say nothing.
+            worth = self._session.worth if answer is None else None
+            paying = PayingDrafter(Blend(found, memory.calibration), self._pass_seconds(), worth)
+            return self._with_window(names, paying), None
         model = self._draft_model_of(self._workspace.draft_target, names, text, read)
         drafter = DraftModelDrafter(
             model,
@@ -245,9 +252,6 @@ class Turn:
             worth=self._session.draft_worth,
         )
         return drafter, model
-
-    def _paying(self, drafter: Drafter) -> Drafter:
-        return PayingDrafter(drafter, self._pass_seconds(), self._session.worth)
 
     def _pass_seconds(self) -> Callable[[], float | None]:
         # Not through `self`: a turn in a cycle would hold on to keys and values until the garbage collector comes.

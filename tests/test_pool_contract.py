@@ -9,14 +9,23 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from conftest import SLOW_OR_SHARED
 from databases import POSTGRES, needs_postgres
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ouroboros_llm import memory_pool
 from ouroboros_llm.memory_pool import MemoryPool
-from ouroboros_llm.phrases import ANSWER, MATCH_LIMIT, PHRASE_LENGTH, Notebook, Phrase, PhrasePool, PoolStats
+from ouroboros_llm.phrases import (
+    ANSWER,
+    MATCH_LIMIT,
+    PHRASE_LENGTH,
+    AnswerBook,
+    Notebook,
+    Phrase,
+    PhrasePool,
+    PoolStats,
+    run_key,
+)
 from ouroboros_storage import PhraseStore
 
 BACKENDS = [
@@ -186,6 +195,15 @@ def test_notes_are_kept_by_name(fill: Fill) -> None:
     assert pool.recall("a/") == {"a/1": b"x", "a/2": b""} and pool.recall("c") == {}
 
 
+def test_notes_may_point_to_runs(fill: Fill) -> None:
+    runs = [[5, 6, 7], [5, 6], [2**32 - 1, 2**31], [7] * 3000]
+    pool = fill([*runs, [5, 6]])
+    assert isinstance(pool, AnswerBook) and pool.read("0") == ()
+    pool.remember({str(number): run_key(run) for number, run in enumerate([*runs, [6, 7]])} | {"empty": b""})
+    assert [pool.read(str(number)) for number in range(5)] == [*map(tuple, runs), ()]
+    assert pool.read("empty") == pool.read("5") == ()
+
+
 def test_stats_count_runs_and_tokens(fill: Fill) -> None:
     assert fill([[1, 2, 3], [4, 5], [4, 5], [6]]).stats == PoolStats(runs=2, tokens=5)
 
@@ -197,7 +215,7 @@ def test_token_ids_may_be_large(fill: Fill) -> None:
     assert pool.match(run[:-1]) == [Phrase((5,), match_length=4)]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=SLOW_OR_SHARED)
+@settings(max_examples=60)
 @given(
     runs=st.lists(st.lists(st.integers(0, 3), max_size=2 * MATCH_LIMIT), max_size=6),
     tail=st.lists(st.integers(0, 3), max_size=2 * MATCH_LIMIT),

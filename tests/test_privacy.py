@@ -13,8 +13,9 @@ from conftest import byte_tokenizer, tiny_model
 
 from ouroboros_llm import DecodingOptions, Ouroboros, sources
 from ouroboros_llm.decoder import PROMPT_POSITIONS
-from ouroboros_llm.drafting import phrases, recycling
-from ouroboros_llm.memory_pool import MemorySource
+from ouroboros_llm.drafting import answers, phrases, recycling
+from ouroboros_llm.memory_pool import MemoryPool, MemorySource
+from ouroboros_llm.phrases import run_key
 from ouroboros_llm.session import Sessions
 from ouroboros_llm.workspaces import KV_BYTES
 from ouroboros_storage import PhraseStore, StoredNote, StoredRun, buffer, pools
@@ -60,7 +61,19 @@ def test_answers_are_kept_and_prompts_are_not(tmp_path: Path, seed: int) -> None
     end_of_prompt = PROMPT[-1 - PROMPT_POSITIONS :]
     assert noted <= {*answer, *drafted, *end_of_prompt}
     assert noted >= {*end_of_prompt}
-    assert {note.name.rpartition("/")[2] for note in notes if "/successors/" not in note.name} == {"calibration"}
+    others = {note.name.rpartition("/")[2]: note.data for note in notes if "/successors/" not in note.name}
+    assert others.pop("calibration")
+    assert others == {run_key(PROMPT).hex(): run_key(answer)}, "of a prompt that is shorter than what counts as its end"
+
+
+def test_of_prompts_hashes_are_kept() -> None:
+    prompt, answer = PROMPT * 2, [5, 6, 7]
+    pool = MemoryPool()
+    pool.add(answer)
+    answers.note_answer(pool, "model", prompt, answer)
+    assert pool.recall("") == {
+        f"model/answers/{run_key(part).hex()}": run_key(answer) for part in (prompt, prompt[-answers._ENDING :])
+    }
 
 
 def test_nothing_of_the_text_is_in_a_calibration(tmp_path: Path) -> None:
@@ -77,6 +90,7 @@ def test_the_figures_are_those_of_the_code() -> None:
     scopes = inspect.signature(MemorySource).parameters
     for figure in (
         f"last {('eight', 'nine', 'ten')[PROMPT_POSITIONS - 7]} tokens of prompts",
+        f"last {answers._ENDING} tokens",
         f"up to {('seven', 'eight')[recycling.KEPT - 7]} tokens that the model found likeliest",
         f"{('two', 'three', 'four')[phrases._MIN_REJECTED_RUN - 2]} tokens or longer",
         f"{defaults['scope_quota'].default:,} tokens of one tokenizer (`scope_quota`)",

@@ -32,7 +32,7 @@ TRACES = [trace(1, [10, 11, 12, 13, 14, 15, 16, 2]), trace(2, [20, 21, 22, 2], "
 def test_every_recorded_token_is_emitted_once(width: int | None) -> None:
     history = History()
     for recorded in TRACES * 2:
-        found = list(rounds(recorded, history.drafter(), cost=FLAT, width=width))
+        found = list(rounds(recorded, history.drafter(recorded.prompt_ids), cost=FLAT, width=width))
         assert [token_id for round in found for token_id in round.token_ids] == list(recorded.token_ids)
         assert all(round.draft.width <= (width or 64) for round in found)
         history.remember(recorded)
@@ -65,7 +65,7 @@ def test_history_helps_unless_cold() -> None:
 def test_sources_can_be_replayed_alone() -> None:
     for name in ("phrases", "recycling"):
         _, found = replay(TRACES, cost=FLAT, drafters=[name], passes=2)
-        allowed = {"text", "phrases"} if name == "phrases" else {"recycling"}
+        allowed = {"text", "phrases", "answers"} if name == "phrases" else {"recycling"}
         assert set(report(found)["all"]["hits"]) <= allowed | {"recovered", "bonus"}
 
 
@@ -74,9 +74,10 @@ def test_a_replay_does_what_decoding_does() -> None:
     model, prompt = tiny_model(), byte_tokenizer()("the cat sat on the mat, the cat sat on")["input_ids"]
     wanted = plain(model, prompt, 40)
     recorded = Trace("1", "a", tuple(prompt), tuple(wanted))
-    decoder = Decoder(prepare(model).start(), History(["phrases"]).drafter(), width=9, successors=KEPT)
+    one, other = (History(["phrases"]).drafter(prompt) for _ in range(2))
+    decoder = Decoder(prepare(model).start(), one, width=9, successors=KEPT)
     decoded = [round.token_ids for round in decoder.rounds(prompt, Sampler(), limit=40, end_token_ids={2})]
-    replayed = [round.token_ids for round in rounds(recorded, History(["phrases"]).drafter(), cost=FLAT, width=9)]
+    replayed = [round.token_ids for round in rounds(recorded, other, cost=FLAT, width=9)]
     # What was rejected but right goes to the scope's pool, which only a model can say.
     assert decoded[:5] == replayed[:5] and sum(map(len, replayed)) == len(wanted)
 

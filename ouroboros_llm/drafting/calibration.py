@@ -19,6 +19,9 @@ _WEIGHTS = {"recycling": 0.3, "retrieval": 0.2}
 """Where weights begin for sources that say little beside others. Of documents the prompt mostly holds what matters, so
 what they say beside it is said twice already."""
 
+_BESIDE_ANSWERS = 0.1
+"""Where the others' weights begin beside an answer that was given to the same prompt: it has all that they know."""
+
 _CERTAIN = 0.9995
 """No single source is believed more than this."""
 
@@ -64,8 +67,7 @@ class Calibration:
         known = self._weights.get(situation)
         if known is None:
             names = situation[0].split("+")
-            # Alone, a source is taken at its word; beside others, for a part of what they know together.
-            known = [1.0 if len(names) == 1 else _WEIGHTS.get(name, 0.85) for name in names] + [0.0]
+            known = [_first_weight(name, names) for name in names] + [0.0]
             self._weights[situation] = known
         return known
 
@@ -105,6 +107,13 @@ class Calibration:
         except (ValueError, KeyError, TypeError, AttributeError):
             return cls()
         return calibration
+
+
+def _first_weight(name: str, names: Sequence[str]) -> float:
+    # Alone, a source is taken at its word; beside others, for a part of what they know together.
+    if len(names) == 1 or name == "answers":
+        return 1.0
+    return _BESIDE_ANSWERS if "answers" in names else _WEIGHTS.get(name, 0.85)
 
 
 def mix(weights: Sequence[float], inputs: Sequence[float]) -> float:

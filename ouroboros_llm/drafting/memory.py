@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..phrases import Notebook, PhrasePool
+from .answers import AnswerSource, KnownAnswer
 from .base import Source
 from .calibration import Calibration
 from .phrases import PhraseSource, RunningText
@@ -56,6 +57,7 @@ def sources(
     memory: Memory,
     *,
     text: Source | None = None,
+    answer: KnownAnswer | None = None,
     write: PhrasePool | None = None,
     read: Sequence[PhrasePool] = (),
     documents: PhrasePool | None = None,
@@ -68,6 +70,7 @@ def sources(
 
     Args:
         text: the running text; None: a new one.
+        answer: what was answered before, if that is known.
         write: the pool of the session's scope; `learns`: whether rejected-but-right runs go there.
         read: pools of further scopes.
         after: what is looked up in pools of answers, where the text is opened anew in the middle of an answer.
@@ -76,6 +79,8 @@ def sources(
     """
     found: list[Source] = []
     if "phrases" in drafters:
+        if answer is not None:
+            found.append(AnswerSource(answer, sampling=sampling))
         found.append(text or RunningText())
         if write is not None:
             found.append(PhraseSource("phrases", write, learns=learns, after=after))

@@ -47,7 +47,8 @@ class PayingDrafter:
     """
 
     def __init__(self, inner: Drafter, pass_seconds: Callable[[], float | None], worth: Worth | None = None) -> None:
-        """`pass_seconds`: what a pass over one token takes; `worth`: what drafts have cost and brought so far."""
+        """`pass_seconds`: what a pass over one token takes; `worth`: what drafts have cost and brought so far, where
+        that says something of this text."""
         self._inner, self._pass_seconds = inner, pass_seconds
         self._worth = worth or Worth(memory=64, retry=8)
         self._judged = self._opened = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from ouroboros_llm.memory_pool import MemoryPool, Run
-from ouroboros_llm.phrases import Notebook, Phrase, PhrasePool, PoolStats
+from ouroboros_llm.phrases import AnswerBook, Notebook, Phrase, PhrasePool, PoolStats
 
 from .buffer import Buffer, NoteBuffer, Nowhere
 from .records import PendingRun, ReadRun, ScopeKey, content_hash, decode, encode
@@ -67,6 +67,9 @@ class StoredPool:
 
     def recall(self, prefix: str) -> Mapping[str, bytes]:
         return self._memory.recall(prefix)
+
+    def read(self, name: str) -> tuple[int, ...]:
+        return self._memory.read(name)
 
     def holds_all(self, keys: Collection[bytes]) -> bool:
         return self._memory.holds_all(keys)
@@ -164,6 +167,9 @@ class LayeredPool:
 
     def recall(self, prefix: str) -> Mapping[str, bytes]:
         return self.pools[0].recall(prefix) if isinstance(self.pools[0], Notebook) else {}
+
+    def read(self, name: str) -> tuple[int, ...]:
+        return self.pools[0].read(name) if isinstance(self.pools[0], AnswerBook) else ()
 
     def refresh(self) -> None:
         """Take in what other processes flushed since, in every pool that can."""
