@@ -98,13 +98,9 @@ class Ouroboros:
         Raises:
             ModelError: not a causal language model. TokenizerMismatchError: draft and target vocabularies differ.
         """
-        if target not in KINDS:
-            raise OptionError(f"target must be 'auto', 'eager' or 'static', but got {target!r}")
-        if not isinstance(model, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise OptionError(
-                f"model and tokenizer must be loaded ones, but got {type(model).__name__} and "
-                f"{type(tokenizer).__name__}; to load a model by name, use Ouroboros.from_pretrained"
-            )
+        _check(model, tokenizer, target, documents)
+        check_whole("max_active", max_active, 1)
+        check_whole("max_waiting", max_waiting, 1)
         self.model, self.tokenizer = model, tokenizer
         self.name = str(model.config._name_or_path or type(model).__name__)
         self.fingerprint = vocabulary_hash(tokenizer)
@@ -112,29 +108,14 @@ class Ouroboros:
         self._draft = None if draft_model is None else load_draft(draft_model, model, tokenizer, self.name, target)
         self._owns_store = not isinstance(store, PoolSource)
         self.store: PoolSource = open_source(store)
-        if documents is not None and not isinstance(documents, PhrasePool):
-            raise OptionError(f"documents must be a pool, as documents_pool makes them, but got {documents!r:.80}")
         self.documents = documents
         self._corpora = Corpora(self.store, tokenizer, self.fingerprint)
         self._sessions = ModelSessions(self._prepared, self._draft, self.store, self.fingerprint)
         self._worker = worker_of(model)
-        for limit, value in (("max_active", max_active), ("max_waiting", max_waiting)):
-            if value is not None:
-                check_whole(limit, value, 1)
-                setattr(self._worker, limit, value)
-        if self._prepared.way.missed is not None:
-            warnings.warn(
-                f"{self.name} cannot make passes of fixed shape ({self._prepared.way.missed}), so the library's own "
-                "forward verifies its drafts, as with target='eager'",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        if self._prepared.probe.branching == "none":
-            warnings.warn(
-                f"{self.name} keeps states that cannot be rewound, so it decodes without drafts, one token a pass",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        self._worker.max_active = max_active or self._worker.max_active
+        self._worker.max_waiting = max_waiting or self._worker.max_waiting
+        for shortcoming in self._prepared.shortcomings:
+            warnings.warn(f"{self.name} {shortcoming}", RuntimeWarning, stacklevel=2)
 
     @classmethod
     def from_pretrained(
@@ -482,6 +463,18 @@ class Ouroboros:
         )
         self._checked(fitted.token_ids)
         return fitted
+
+
+def _check(model: object, tokenizer: object, target: object, documents: object) -> None:
+    if target not in KINDS:
+        raise OptionError(f"target must be 'auto', 'eager' or 'static', but got {target!r}")
+    if not isinstance(model, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise OptionError(
+            f"model and tokenizer must be loaded ones, but got {type(model).__name__} and "
+            f"{type(tokenizer).__name__}; to load a model by name, use Ouroboros.from_pretrained"
+        )
+    if documents is not None and not isinstance(documents, PhrasePool):
+        raise OptionError(f"documents must be a pool, as documents_pool makes them, but got {documents!r:.80}")
 
 
 def _settled(scope: str | None) -> str:

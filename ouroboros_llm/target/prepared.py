@@ -66,6 +66,17 @@ class PreparedModel:
         return self.way.packer
 
     @property
+    def shortcomings(self) -> Iterator[str]:
+        """What a user should know of how this model is run, as ends of sentences about it."""
+        if self.way.missed is not None:
+            yield (
+                f"cannot make passes of fixed shape ({self.way.missed}), so the library's own forward verifies its "
+                "drafts, as with target='eager'"
+            )
+        if self.probe.branching == "none":
+            yield "keeps states that cannot be rewound, so it decodes without drafts, one token a pass"
+
+    @property
     def context_length(self) -> int | None:
         """Tokens of prompt and output together at most; None where the model names no limit."""
         return context_length_of(self.model.config)
