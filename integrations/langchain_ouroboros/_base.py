@@ -82,9 +82,9 @@ class OuroborosModel(OuroborosFields):
         ouroboros: Any = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         kept_tokens: Mapping[int, str] | None = None,
-        **form: Any,
+        form: Mapping[str, Any] | None = None,
     ) -> Iterator[Piece]:
-        options = self._options(stop, **form)
+        options = self._options(stop, form)
         shared = {"prefix_scopes": self._write_scopes} if self._write_scopes else {}
         with our_names():
             stream: Iterator[Piece] = (ouroboros or self._loaded()).stream(

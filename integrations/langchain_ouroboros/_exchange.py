@@ -70,7 +70,7 @@ class Exchange:
             ouroboros=ouroboros,
             tools=asking.tools,
             kept_tokens=asking.kept_tokens,
-            **asking.form,
+            form=asking.form,
         )
 
     def _message(self, piece: Piece) -> AIMessageChunk | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -168,14 +168,14 @@ class OuroborosFields(BaseLanguageModel[Any]):
         chosen = self.stop if stop is None else stop
         return [chosen] if isinstance(chosen, str) else list(chosen or ()) or None
 
-    def _options(self, stop: list[str] | None, **form: Any) -> DecodingOptions:
+    def _options(self, stop: list[str] | None, form: Mapping[str, Any] | None = None) -> DecodingOptions:
         """`form`: options that give the reply a form."""
         options = {name: getattr(self, name) for name in SAMPLING}
         options |= {"max_new_tokens": options.pop("max_tokens"), "stop": tuple(self._stop(stop) or ())}
         options |= {"max_draft_tokens": self.max_draft_tokens, "timeout": self.timeout}
         options["drafters"] = None if self.drafters is None else tuple(self.drafters)
         with our_names():
-            return DecodingOptions(**options | form)
+            return DecodingOptions(**{**options, **(form or {})})
 
 
 @contextmanager
