@@ -11,7 +11,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .decoder import Decoder
-from .drafting.answers import known_answer, note_answer
+from .drafting.answers import AnswerSource, known_answer, note_answer
 from .drafting.base import Round
 from .drafting.blend import Blend
 from .drafting.memory import Memory, sources
@@ -43,7 +43,8 @@ def custom_generate(
     processors, stopping criteria, sampling and `torch.manual_seed` work as without it.
 
     Args:
-        phrase_pool: where phrases are looked up, and where this output goes; None: the prompt and the output alone.
+        phrase_pool: where phrases are looked up, and where this output goes, with hashes of the prompt; None: the
+            prompt and the output alone.
         ouroboros_streamer: what `streamer` is elsewhere; `generate` does not hand that one on to callables. It gets
             one round's tokens at a time.
 
@@ -58,10 +59,12 @@ def custom_generate(
     prompt = input_ids[0].tolist()
     prepared = prepare(model)
     memory = Memory.recall(phrase_pool, prepared.fingerprint) if phrase_pool is not None else Memory()
-    answer = known_answer([phrase_pool], prepared.fingerprint, prompt) if phrase_pool is not None else None
-    found = sources(DEFAULT_DRAFTERS, memory, answer=answer, write=phrase_pool, sampling=bool(config.do_sample))
+    sampling = bool(config.do_sample)
+    known = None if phrase_pool is None else known_answer([phrase_pool], prepared.fingerprint, prompt)
+    answer = None if known is None else AnswerSource(known, sampling=sampling)
+    found = sources(DEFAULT_DRAFTERS, memory, answer=answer, write=phrase_pool, sampling=sampling)
     decoder = Decoder(prepared.start(), Blend(found, memory.calibration), successors=KEPT)
-    sampler = Sampler(logits_processor or (), sample=bool(config.do_sample))
+    sampler = Sampler(logits_processor or (), sample=sampling)
     rounds = decoder.rounds(
         prompt, sampler, limit=int(config.max_length or 0) - len(prompt), end_token_ids=end_token_ids(config)
     )

@@ -7,8 +7,9 @@ from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-from .phrases import ANSWER, MATCH_LIMIT, PHRASE_LENGTH, Phrase, PhrasePool, PoolStats, run_key
+from .phrases import ANSWER, ANSWERS, KEPT_ANSWERS, MATCH_LIMIT, PHRASE_LENGTH, Phrase, PhrasePool, PoolStats, run_key
 from .suffix_index import ORDERS, Segment, suffix_hashes
 
 _MIDDLE = -2
@@ -50,6 +51,8 @@ class MemoryPool:
         self._runs: dict[bytes, tuple[_Shelf, int]] = {}
         self._tokens = 0
         self._notes: dict[str, bytes] = {}
+        self._answers: dict[str, bytes] = {}
+        """Those notes that say which answer a prompt got, the last ones last."""
         self._inbox: deque[list[Run]] = deque()
         self._adding = False
 
@@ -102,10 +105,10 @@ class MemoryPool:
         with self._lock:
             return run_key(token_ids[-self.capacity :]) in self._runs
 
-    def read(self, name: str) -> tuple[int, ...]:
-        """The run whose key (`run_key`) is the note of this name; nothing where there is no such note or run."""
+    def noted_run(self, name: str) -> tuple[int, ...]:
         with self._lock:
-            shelf, number = self._runs.get(self._notes.get(name, b""), (None, 0))
+            notes = self._answers if name.startswith(ANSWERS) else self._notes
+            shelf, number = self._runs.get(notes.get(name, b""), (None, 0))
             return () if shelf is None else tuple(shelf.run(number).token_ids)
 
     def holds_all(self, keys: Collection[bytes]) -> bool:
@@ -119,6 +122,7 @@ class MemoryPool:
             gone = [key for key in runs if key in self._runs]
             for name in notes:
                 self._notes.pop(name, None)
+                self._answers.pop(name, None)
             if gone:
                 kept = [run for shelf in self._shelves for run in shelf.runs(without=set(gone))]
                 self._shelves, self._runs, self._tokens = [], {}, 0
@@ -145,11 +149,19 @@ class MemoryPool:
 
     def remember(self, notes: Mapping[str, bytes]) -> None:
         with self._lock:
-            self._notes.update(notes)
+            for name, note in notes.items():
+                if name.startswith(ANSWERS):
+                    self._answers.pop(name, None)
+                    self._answers[name] = note
+                else:
+                    self._notes[name] = note
+            for name in list(islice(self._answers, max(0, len(self._answers) - KEPT_ANSWERS))):
+                del self._answers[name]
 
     def recall(self, prefix: str) -> Mapping[str, bytes]:
         with self._lock:
-            return {name: note for name, note in self._notes.items() if name.startswith(prefix)}
+            known = {**self._notes, **self._answers}
+            return {name: note for name, note in known.items() if name.startswith(prefix)}
 
     def _match(
         self, number: int, order: int, key: int, tail: tuple[int, ...], found: dict[tuple[int, int], Phrase]
@@ -172,6 +184,7 @@ class MemoryPool:
             shelf.write()
         while len(self._shelves) > 1 and (self._tokens > self.capacity or self._length > 2 * self.capacity):
             self._drop(self._shelves.pop(0))
+            self._answers = {name: key for name, key in self._answers.items() if key in self._runs}
 
     def _add(self, run: Run, room: int) -> None:
         """`room`: what this run and those behind it will take."""

@@ -24,6 +24,12 @@ PHRASE_LENGTH = 64
 MATCH_LIMIT = 32
 """A match longer than this counts as this long."""
 
+ANSWERS = "answers/"
+"""What the names of notes begin with that say which answer a prompt got."""
+
+KEPT_ANSWERS = 16_384
+"""Such notes per scope at most."""
+
 ANSWER = -1
 """Stands for all that went before an answer: a tail that begins with it matches what answers began with."""
 
@@ -99,9 +105,10 @@ class Notebook(Protocol):
 
 @runtime_checkable
 class AnswerBook(Notebook, Protocol):
-    """A notebook whose notes may point to runs."""
+    """A notebook whose notes may point to runs. Of those whose names begin with `ANSWERS` it keeps `KEPT_ANSWERS`, the
+    last ones, as long as it has the runs."""
 
-    def read(self, name: str) -> tuple[int, ...]:
+    def noted_run(self, name: str) -> tuple[int, ...]:
         """The run whose key (`run_key`) is the note of this name; nothing where there is no such note or run."""
 
 

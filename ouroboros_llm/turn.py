@@ -14,7 +14,7 @@ from .decoder import Decoder
 from .device_memory import out_of_memory
 from .draft_tree import MAX_WIDTH, DraftTree
 from .drafting import lookahead
-from .drafting.answers import known_answer, note_answer
+from .drafting.answers import AnswerSource, known_answer, note_answer
 from .drafting.base import Drafter, NoDrafts, Round, Source
 from .drafting.blend import Blend
 from .drafting.draft_model import ALTERNATIVES, DraftModel, DraftModelDrafter
@@ -103,7 +103,6 @@ class Turn:
         finally:
             for pool in (self._write, *self._also):
                 pool.add(self._transcript.token_ids)
-                note_answer(pool, self._prepared.fingerprint, self._prompt_ids, self._transcript.token_ids)
             self._remember()
         return Piece(tail, (), self._result(cached, reason))
 
@@ -121,7 +120,10 @@ class Turn:
         session = self._session
         if getattr(self._write, "generation", None) != session.generation:
             return
-        session.memory.remember(self._write, self._prepared.fingerprint, self._also)
+        model, answer = self._prepared.fingerprint, self._transcript.token_ids
+        session.memory.remember(self._write, model, self._also)
+        for pool in (self._write, *self._also):
+            note_answer(pool, model, self._prompt_ids, answer, ending=pool is self._write)
         if self._draft is not None:
             session.draft_memory.remember(self._write, self._draft.fingerprint, self._also)
 
@@ -224,7 +226,7 @@ class Turn:
         names = self._names
         memory, text = self._session.memory, RunningText()
         sampling = not self._options.greedy
-        answer = known_answer((self._write, *read), self._prepared.fingerprint, self._prompt_ids)
+        answer = self._answered_before(read, sampling) if "phrases" in names else None
         found = sources(
             names,
             memory,
@@ -240,9 +242,8 @@ class Turn:
         if self._constraint is not None:
             found.insert(0, GrammarSource(self._constraint.place))
         if self._workspace.draft_target is None or "draft_model" not in names:
-            # Of an answer that is known, other answers' drafts say nothing.
-            worth = self._session.worth if answer is None else None
-            paying = PayingDrafter(Blend(found, memory.calibration), self._pass_seconds(), worth)
+            blend, sure = Blend(found, memory.calibration), None if answer is None else answer.goes_on
+            paying = PayingDrafter(blend, self._pass_seconds(), self._session.worth, sure=sure)
             return self._with_window(names, paying), None
         model = self._draft_model_of(self._workspace.draft_target, names, text, read)
         drafter = DraftModelDrafter(
@@ -252,6 +253,10 @@ class Turn:
             worth=self._session.draft_worth,
         )
         return drafter, model
+
+    def _answered_before(self, read: Sequence[PhrasePool], sampling: bool) -> AnswerSource | None:
+        answer = known_answer((self._write, *read), self._prepared.fingerprint, self._prompt_ids)
+        return None if answer is None else AnswerSource(answer, sampling=sampling)
 
     def _pass_seconds(self) -> Callable[[], float | None]:
         # Not through `self`: a turn in a cycle would hold on to keys and values until the garbage collector comes.

@@ -257,7 +257,7 @@ class TestOptions:
     async def test_unknown_keyword_fails(self, scripted: ScriptedOuroboros, llm: OuroborosLLM, method: str) -> None:
         with pytest.raises(OptionError, match="'temprature'; did you mean 'temperature'"):
             await responses(llm, method, temprature=0.5)
-        with pytest.raises(OptionError, match="expected one of temperature, max_tokens"):
+        with pytest.raises(OptionError, match="expected one of max_tokens, stop, temperature"):
             await responses(llm, method, zzz=1)
         assert scripted.prompts == []
 

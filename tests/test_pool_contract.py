@@ -17,6 +17,7 @@ from ouroboros_llm import memory_pool
 from ouroboros_llm.memory_pool import MemoryPool
 from ouroboros_llm.phrases import (
     ANSWER,
+    ANSWERS,
     MATCH_LIMIT,
     PHRASE_LENGTH,
     AnswerBook,
@@ -198,10 +199,14 @@ def test_notes_are_kept_by_name(fill: Fill) -> None:
 def test_notes_may_point_to_runs(fill: Fill) -> None:
     runs = [[5, 6, 7], [5, 6], [2**32 - 1, 2**31], [7] * 3000]
     pool = fill([*runs, [5, 6]])
-    assert isinstance(pool, AnswerBook) and pool.read("0") == ()
-    pool.remember({str(number): run_key(run) for number, run in enumerate([*runs, [6, 7]])} | {"empty": b""})
-    assert [pool.read(str(number)) for number in range(5)] == [*map(tuple, runs), ()]
-    assert pool.read("empty") == pool.read("5") == ()
+    assert isinstance(pool, AnswerBook)
+    for prefix in ("x/", ANSWERS):
+        assert pool.noted_run(prefix + "0") == ()
+        notes = {f"{prefix}{number}": run_key(run) for number, run in enumerate([*runs, [6, 7]])}
+        pool.remember(notes | {prefix + "empty": b""})
+        assert pool.recall(prefix) == notes | {prefix + "empty": b""}
+        assert [pool.noted_run(name) for name in notes] == [*map(tuple, runs), ()]
+        assert pool.noted_run(prefix + "empty") == pool.noted_run(prefix + "5") == ()
 
 
 def test_stats_count_runs_and_tokens(fill: Fill) -> None:

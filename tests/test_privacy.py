@@ -15,7 +15,7 @@ from ouroboros_llm import DecodingOptions, Ouroboros, sources
 from ouroboros_llm.decoder import PROMPT_POSITIONS
 from ouroboros_llm.drafting import answers, phrases, recycling
 from ouroboros_llm.memory_pool import MemoryPool, MemorySource
-from ouroboros_llm.phrases import run_key
+from ouroboros_llm.phrases import KEPT_ANSWERS, run_key
 from ouroboros_llm.session import Sessions
 from ouroboros_llm.workspaces import KV_BYTES
 from ouroboros_storage import PhraseStore, StoredNote, StoredRun, buffer, pools
@@ -71,9 +71,9 @@ def test_of_prompts_hashes_are_kept() -> None:
     pool = MemoryPool()
     pool.add(answer)
     answers.note_answer(pool, "model", prompt, answer)
-    assert pool.recall("") == {
-        f"model/answers/{run_key(part).hex()}": run_key(answer) for part in (prompt, prompt[-answers._ENDING :])
-    }
+    parts = {"whole": prompt, "ending": prompt[-answers._ENDING :]}
+    names = {f"answers/model/{kind}/{run_key(part).hex()}" for kind, part in parts.items()}
+    assert pool.recall("") == dict.fromkeys(names, run_key(answer))
 
 
 def test_nothing_of_the_text_is_in_a_calibration(tmp_path: Path) -> None:
@@ -91,6 +91,7 @@ def test_the_figures_are_those_of_the_code() -> None:
     for figure in (
         f"last {('eight', 'nine', 'ten')[PROMPT_POSITIONS - 7]} tokens of prompts",
         f"last {answers._ENDING} tokens",
+        f"{KEPT_ANSWERS:,} of them",
         f"up to {('seven', 'eight')[recycling.KEPT - 7]} tokens that the model found likeliest",
         f"{('two', 'three', 'four')[phrases._MIN_REJECTED_RUN - 2]} tokens or longer",
         f"{defaults['scope_quota'].default:,} tokens of one tokenizer (`scope_quota`)",

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..phrases import Notebook, PhrasePool
-from .answers import AnswerSource, KnownAnswer
 from .base import Source
 from .calibration import Calibration
 from .phrases import PhraseSource, RunningText
@@ -57,7 +56,7 @@ def sources(
     memory: Memory,
     *,
     text: Source | None = None,
-    answer: KnownAnswer | None = None,
+    answer: Source | None = None,
     write: PhrasePool | None = None,
     read: Sequence[PhrasePool] = (),
     documents: PhrasePool | None = None,
@@ -70,7 +69,7 @@ def sources(
 
     Args:
         text: the running text; None: a new one.
-        answer: what was answered before, if that is known.
+        answer: of what was answered to the prompt before, if that is known.
         write: the pool of the session's scope; `learns`: whether rejected-but-right runs go there.
         read: pools of further scopes.
         after: what is looked up in pools of answers, where the text is opened anew in the middle of an answer.
@@ -80,7 +79,7 @@ def sources(
     found: list[Source] = []
     if "phrases" in drafters:
         if answer is not None:
-            found.append(AnswerSource(answer, sampling=sampling))
+            found.append(answer)
         found.append(text or RunningText())
         if write is not None:
             found.append(PhraseSource("phrases", write, learns=learns, after=after))

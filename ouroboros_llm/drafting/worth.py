@@ -46,11 +46,18 @@ class PayingDrafter:
     Budgets choose widths by what a pass takes; where passes are fast, the drafting itself counts too.
     """
 
-    def __init__(self, inner: Drafter, pass_seconds: Callable[[], float | None], worth: Worth | None = None) -> None:
-        """`pass_seconds`: what a pass over one token takes; `worth`: what drafts have cost and brought so far, where
-        that says something of this text."""
+    def __init__(
+        self,
+        inner: Drafter,
+        pass_seconds: Callable[[], float | None],
+        worth: Worth | None = None,
+        *,
+        sure: Callable[[Sequence[int]], bool] | None = None,
+    ) -> None:
+        """`pass_seconds`: what a pass over one token takes; `worth`: what drafts have cost and brought so far; `sure`:
+        whether it is known how this text goes on, of which other texts' drafts say nothing."""
         self._inner, self._pass_seconds = inner, pass_seconds
-        self._worth = worth or Worth(memory=64, retry=8)
+        self._worth, self._sure = worth or Worth(memory=64, retry=8), sure
         self._judged = self._opened = False
 
     def open(self, context: Sequence[int]) -> None:
@@ -63,6 +70,8 @@ class PayingDrafter:
             return self._inner.draft(context, budget)
         # The first draft of a text, which may be all of a short answer, is always made.
         first, self._opened = self._opened, False
+        if self._sure is not None and self._sure(context):
+            return self._inner.draft(context, budget)
         if not first and not self._worth.pays(1.0, seconds):
             return DraftTree.root(context[-1])
         began = perf_counter()

@@ -138,7 +138,7 @@ def _known_of(model: PreTrainedModel) -> _Known:
     """With what the library's own forward can do, at least."""
     state = (model.device, model.dtype, model.config.get_text_config(decoder=True)._attn_implementation)
     # Whoever adapts layers or resizes embeddings puts other modules in their places, which a twin does not see.
-    parts = hash((*map(id, model.modules()), *map(id, model.parameters())))
+    parts = hash(tuple(map(id, model.modules())))
     if model not in _known or (_known[model].state, _known[model].parts) != (state, parts):
         StepwiseTarget(model)  # refuses what no target can run
         model.train(False)

@@ -68,8 +68,8 @@ class StoredPool:
     def recall(self, prefix: str) -> Mapping[str, bytes]:
         return self._memory.recall(prefix)
 
-    def read(self, name: str) -> tuple[int, ...]:
-        return self._memory.read(name)
+    def noted_run(self, name: str) -> tuple[int, ...]:
+        return self._memory.noted_run(name)
 
     def holds_all(self, keys: Collection[bytes]) -> bool:
         return self._memory.holds_all(keys)
@@ -168,8 +168,8 @@ class LayeredPool:
     def recall(self, prefix: str) -> Mapping[str, bytes]:
         return self.pools[0].recall(prefix) if isinstance(self.pools[0], Notebook) else {}
 
-    def read(self, name: str) -> tuple[int, ...]:
-        return self.pools[0].read(name) if isinstance(self.pools[0], AnswerBook) else ()
+    def noted_run(self, name: str) -> tuple[int, ...]:
+        return self.pools[0].noted_run(name) if isinstance(self.pools[0], AnswerBook) else ()
 
     def refresh(self) -> None:
         """Take in what other processes flushed since, in every pool that can."""

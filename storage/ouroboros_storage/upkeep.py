@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Select, delete, distinct, func, literal, or_,
 
 from ouroboros_llm.entries import NOTES
 from ouroboros_llm.errors import StoreError
+from ouroboros_llm.phrases import ANSWERS, KEPT_ANSWERS
 
 from .bounds import Bounds
 from .records import ScopeKey, StoreStats, content_hash, to_time
@@ -21,8 +22,8 @@ _TRIMMED = 0.9
 """Part of a quota that is left when it was exceeded, so that the next flushes have room."""
 
 _KEPT_NOTES = 65_536
-"""Notes per scope at most: successors of twice as many tokens as drafting keeps in memory. Notes on documents do not
-count: without them nobody could remove the documents."""
+"""Notes per scope at most: successors of twice as many tokens as drafting keeps in memory. Notes on answers have a
+bound of their own (`KEPT_ANSWERS`), those on documents none: without them nobody could remove the documents."""
 
 _NOTES_COUNTED = 64
 """A scope's notes are counted when it was written to so often."""
@@ -219,11 +220,13 @@ def _drop(connection: Connection, ids: Select[Any]) -> int:
 
 
 def _drop_notes(connection: Connection, scope_id: int) -> None:
-    learned = notes.c.scope_id == scope_id, ~notes.c.name.startswith(NOTES, autoescape=True)
-    excess = (connection.scalar(select(func.count()).select_from(notes).where(*learned)) or 0) - _KEPT_NOTES
-    if excess > 0:
-        oldest = select(notes.c.name).where(*learned).order_by(notes.c.last_used, notes.c.name).limit(excess)
-        connection.execute(delete(notes).where(*learned, notes.c.name.in_(oldest)))
+    of_answers, of_documents = (notes.c.name.startswith(prefix, autoescape=True) for prefix in (ANSWERS, NOTES))
+    for kind, bound in ((of_answers, KEPT_ANSWERS), (~of_answers & ~of_documents, _KEPT_NOTES)):
+        chosen = notes.c.scope_id == scope_id, kind
+        excess = (connection.scalar(select(func.count()).select_from(notes).where(*chosen)) or 0) - bound
+        if excess > 0:
+            oldest = select(notes.c.name).where(*chosen).order_by(notes.c.last_used, notes.c.name).limit(excess)
+            connection.execute(delete(notes).where(*chosen, notes.c.name.in_(oldest)))
 
 
 def _heal_clock(connection: Connection, chosen: Select[Any]) -> None:
