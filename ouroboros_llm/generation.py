@@ -11,7 +11,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .decoder import Decoder
-from .drafting.answers import AnswerSource, known_answer, note_answer
+from .drafting.answers import answer_source, note_answer
 from .drafting.base import Round
 from .drafting.blend import Blend
 from .drafting.memory import Memory, sources
@@ -59,9 +59,8 @@ def custom_generate(
     prompt = input_ids[0].tolist()
     prepared = prepare(model)
     memory = Memory.recall(phrase_pool, prepared.fingerprint) if phrase_pool is not None else Memory()
-    sampling = bool(config.do_sample)
-    known = None if phrase_pool is None else known_answer([phrase_pool], prepared.fingerprint, prompt)
-    answer = None if known is None else AnswerSource(known, sampling=sampling)
+    sampling, pools = bool(config.do_sample), [] if phrase_pool is None else [phrase_pool]
+    answer = answer_source(pools, prepared.fingerprint, prompt, sampling=sampling)
     found = sources(DEFAULT_DRAFTERS, memory, answer=answer, write=phrase_pool, sampling=sampling)
     decoder = Decoder(prepared.start(), Blend(found, memory.calibration), successors=KEPT)
     sampler = Sampler(logits_processor or (), sample=sampling)

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 from .phrases import ANSWER, ANSWERS, KEPT_ANSWERS, MATCH_LIMIT, PHRASE_LENGTH, Phrase, PhrasePool, PoolStats, run_key
 from .suffix_index import ORDERS, Segment, suffix_hashes
@@ -160,8 +160,8 @@ class MemoryPool:
 
     def recall(self, prefix: str) -> Mapping[str, bytes]:
         with self._lock:
-            known = {**self._notes, **self._answers}
-            return {name: note for name, note in known.items() if name.startswith(prefix)}
+            known = chain(self._notes.items(), self._answers.items())
+            return {name: note for name, note in known if name.startswith(prefix)}
 
     def _match(
         self, number: int, order: int, key: int, tail: tuple[int, ...], found: dict[tuple[int, int], Phrase]

@@ -15,7 +15,7 @@ import numpy as np
 
 from .decoder import Cost, fit
 from .draft_tree import MAX_WIDTH, DraftTree
-from .drafting.answers import AnswerSource, known_answer, note_answer
+from .drafting.answers import answer_source, note_answer
 from .drafting.base import Budget, Drafter, Round, Successors
 from .drafting.blend import Blend
 from .drafting.memory import Memory, sources
@@ -77,8 +77,7 @@ class History:
         self.pool, self.memory = MemoryPool(), Memory()
 
     def drafter(self, prompt_ids: Sequence[int]) -> Drafter:
-        known = known_answer([self.pool], _RECORDED, prompt_ids)
-        answer = None if known is None else AnswerSource(known)
+        answer = answer_source([self.pool], _RECORDED, prompt_ids)
         found = sources(self._drafters, self.memory, answer=answer, write=self.pool)
         return Blend(found, self.memory.calibration)
 

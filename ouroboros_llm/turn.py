@@ -14,7 +14,7 @@ from .decoder import Decoder
 from .device_memory import out_of_memory
 from .draft_tree import MAX_WIDTH, DraftTree
 from .drafting import lookahead
-from .drafting.answers import AnswerSource, known_answer, note_answer
+from .drafting.answers import answer_source, note_answer
 from .drafting.base import Drafter, NoDrafts, Round, Source
 from .drafting.blend import Blend
 from .drafting.draft_model import ALTERNATIVES, DraftModel, DraftModelDrafter
@@ -226,7 +226,8 @@ class Turn:
         names = self._names
         memory, text = self._session.memory, RunningText()
         sampling = not self._options.greedy
-        answer = self._answered_before(read, sampling) if "phrases" in names else None
+        books = (self._write, *read) if "phrases" in names else ()
+        answer = answer_source(books, self._prepared.fingerprint, self._prompt_ids, sampling=sampling)
         found = sources(
             names,
             memory,
@@ -253,10 +254,6 @@ class Turn:
             worth=self._session.draft_worth,
         )
         return drafter, model
-
-    def _answered_before(self, read: Sequence[PhrasePool], sampling: bool) -> AnswerSource | None:
-        answer = known_answer((self._write, *read), self._prepared.fingerprint, self._prompt_ids)
-        return None if answer is None else AnswerSource(answer, sampling=sampling)
 
     def _pass_seconds(self) -> Callable[[], float | None]:
         # Not through `self`: a turn in a cycle would hold on to keys and values until the garbage collector comes.

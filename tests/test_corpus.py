@@ -230,30 +230,32 @@ def test_documents_are_removed_for_every_tokenizer(ouroboros: Ouroboros, ephemer
     assert ouroboros.remove_documents(["d"], scope=SCOPE) == 1 and corpus(other).entries() == {}
 
 
-def test_what_other_processes_indexed_is_there(tmp_path: Path) -> None:
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[tuple[Ouroboros, Ouroboros]]:
+    """As in two processes; the first has opened the corpus while it was empty."""
     url = f"sqlite:///{tmp_path}/phrases.db"
     with (
         Ouroboros(tiny_model(), TOKENIZER, store=url) as first,
         Ouroboros(tiny_model(), TOKENIZER, store=url) as second,
     ):
         assert matches(first, "The phoenix ") == []
-        second.index_documents({"b": TEXTS["b"]}, scope=SCOPE)
-        assert first.index_documents(TEXTS, scope=SCOPE).unchanged == 1, "documents are no answers"
-        second.index_documents({"b": "The phoenix burns again."}, scope=SCOPE)
-        assert first.remove_documents(["b"], scope=SCOPE) == 1
-        assert matches(first, "The phoenix ") == matches(second, "The phoenix ") == []
+        yield first, second
 
 
-def test_a_corpus_of_another_process_takes_no_answers(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/phrases.db"
-    with (
-        Ouroboros(tiny_model(), TOKENIZER, store=url) as first,
-        Ouroboros(tiny_model(), TOKENIZER, store=url) as second,
-    ):
-        assert matches(first, "The phoenix ") == []
-        second.index_documents(TEXTS, scope=SCOPE)
-        with pytest.raises(OptionError, match="holds documents, which are only read"):
-            ask(first, SCOPE)
+def test_what_other_processes_indexed_is_there(two: tuple[Ouroboros, Ouroboros]) -> None:
+    first, second = two
+    second.index_documents({"b": TEXTS["b"]}, scope=SCOPE)
+    assert first.index_documents(TEXTS, scope=SCOPE).unchanged == 1, "documents are no answers"
+    second.index_documents({"b": "The phoenix burns again."}, scope=SCOPE)
+    assert first.remove_documents(["b"], scope=SCOPE) == 1
+    assert matches(first, "The phoenix ") == matches(second, "The phoenix ") == []
+
+
+def test_a_corpus_of_another_process_takes_no_answers(two: tuple[Ouroboros, Ouroboros]) -> None:
+    first, second = two
+    second.index_documents(TEXTS, scope=SCOPE)
+    with pytest.raises(OptionError, match="holds documents, which are only read"):
+        ask(first, SCOPE)
 
 
 class Interrupted(BaseException):

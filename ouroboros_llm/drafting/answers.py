@@ -114,3 +114,11 @@ class AnswerSource:
 
     def _place(self, passed: int) -> int | None:
         return passed if passed < len(self._answer) else None
+
+
+def answer_source(
+    pools: Iterable[PhrasePool], model: str, prompt_ids: Sequence[int], *, sampling: bool = False
+) -> AnswerSource | None:
+    """Guesses from the `known_answer`, if there is one."""
+    answer = known_answer(pools, model, prompt_ids)
+    return None if answer is None else AnswerSource(answer, sampling=sampling)
