@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from .drafting.retrieval import documents_pool, read_documents
     from .errors import (
         ContextLengthError,
+        LibraryVersionError,
         MemoryLimitError,
         MissingExtraError,
         ModelDownloadError,
@@ -41,6 +42,7 @@ __all__ = [
     "GenerationResult",
     "Grammar",
     "KVUsage",
+    "LibraryVersionError",
     "MemoryLimitError",
     "MemoryPool",
     "MissingExtraError",
@@ -74,6 +76,7 @@ __all__ = [
 # Imported on first use, so that `ouroboros --help` does not wait for torch.
 _MODULES = {
     "ContextLengthError": "errors",
+    "LibraryVersionError": "errors",
     "MemoryLimitError": "errors",
     "MissingExtraError": "errors",
     "ModelDownloadError": "errors",

@@ -15,6 +15,7 @@
   * RequestTimeoutError (also TimeoutError): an answer took longer than its caller allowed
   * MemoryLimitError (also MemoryError): there is no memory for the keys and values of an answer
   * MissingExtraError (also ImportError): an optional dependency is not installed
+  * LibraryVersionError (also ImportError): a dependency is of a version that lacks a name needed of it
 """
 
 
@@ -93,3 +94,7 @@ class MissingExtraError(OuroborosError, ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f'{package} is not installed; install it with: pip install "ouroboros-llm[{extra}]"')
+
+
+class LibraryVersionError(OuroborosError, ImportError):
+    """A dependency is of a version that lacks a name needed of it; the message says which, and what was tested."""

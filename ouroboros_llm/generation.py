@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers import GenerationConfig, PreTrainedModel
 
 from .decoder import Decoder
 from .drafting.answers import answer_source, note_answer
@@ -22,9 +20,9 @@ from .phrases import PhrasePool
 from .sampling import Sampler, end_token_ids
 from .target.eager import vocabulary_size
 from .target.prepared import PreparedModel, locked, prepare
+from .transformers_api import PREPARED_ARGUMENTS, arguments_of_generate, filled_cache, generate_output
 
 _UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-_PREPARED = {"attention_mask", "past_key_values", "cache_params", "position_ids", "logits_to_keep", "use_cache"}
 
 
 def custom_generate(
@@ -81,7 +79,7 @@ def custom_generate(
     sequences: Any = torch.cat(
         [input_ids, torch.tensor([output], dtype=input_ids.dtype, device=input_ids.device)], dim=1
     )
-    return GenerateDecoderOnlyOutput(sequences=sequences) if config.return_dict_in_generate else sequences
+    return generate_output(sequences) if config.return_dict_in_generate else sequences
 
 
 def _locked(prepared: PreparedModel, rounds: Iterator[Round]) -> Iterator[Round]:
@@ -110,8 +108,8 @@ def _until_stopped(rounds: Iterator[Round], input_ids: torch.Tensor, criteria: A
 def _check(
     model: PreTrainedModel, config: GenerationConfig, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
 ) -> None:
-    given = _arguments_of_generate()
-    mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+    given = arguments_of_generate()
+    mask, cache = model_kwargs.get("attention_mask"), filled_cache(model_kwargs)
     refused = {
         f"num_beams={config.num_beams}": (config.num_beams or 1) > 1,
         f"num_return_sequences={config.num_return_sequences}": (config.num_return_sequences or 1) > 1,
@@ -119,26 +117,13 @@ def _check(
         "an empty prompt": input_ids.shape[1] == 0,
         "token ids outside the vocabulary": bool((input_ids >= vocabulary_size(model)).any()),
         "padding in attention_mask": mask is not None and not bool(mask.all()),
-        "a filled past_key_values": cache is not None and bool(cache.get_seq_length()),
+        f"a filled {cache}": cache is not None,
         "assistant_model": given.get("assistant_model") is not None,
         "streamer (pass it as ouroboros_streamer)": given.get("streamer") is not None,
         f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}": bool(config.prompt_lookup_num_tokens),
         **{name: bool(getattr(config, name, None)) for name in _UNSUPPORTED_OUTPUTS},
-        **{name: value is not None for name, value in model_kwargs.items() if name not in _PREPARED},
+        **{name: value is not None for name, value in model_kwargs.items() if name not in PREPARED_ARGUMENTS},
     }
     if wrong := [name for name, given in refused.items() if given]:
         names = ", ".join(wrong)
         raise OptionError(f"custom_generate decodes one sequence from its tokens alone; it does not honor {names}")
-
-
-def _arguments_of_generate() -> dict[str, Any]:
-    """The arguments of the `generate` call we are in.
-
-    It drops `streamer` and `assistant_model` on the way to a callable, and a dropped streamer leaves its reader waiting
-    forever; only the caller's frame still knows that they were given.
-    """
-    code = inspect.unwrap(GenerationMixin.generate).__code__
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    return {} if frame is None else dict(frame.f_locals)

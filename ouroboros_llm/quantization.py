@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from transformers.pytorch_utils import Conv1D
 
 from .errors import ModelError, OptionError
+from .transformers_api import Conv1D
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

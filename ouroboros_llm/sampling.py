@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from .options import DecodingOptions
+from .transformers_api import logits_processors, prepare_special_tokens
 from .verification import Choose
 
 if TYPE_CHECKING:
@@ -135,13 +136,8 @@ def sampler_for(
         constraint: the grammar of the options, beside this text.
     """
     config = _generation_config(model, options, prompt_length + limit)
-    # The library's own list, in its own order: what the model's configuration asks for is done as `generate` does it.
-    processors: Any = model._get_logits_processor(
-        config,
-        input_ids_seq_length=prompt_length,
-        logits_processor=_own_processors(options, prompt_length, constraint),
-        device=model.device,
-    )
+    # What the model's configuration asks for is done as `generate` does it.
+    processors = logits_processors(model, config, prompt_length, _own_processors(options, prompt_length, constraint))
     generator = None
     if not options.greedy and options.seed is not None:
         generator = torch.Generator(model.device).manual_seed(options.seed)
@@ -170,7 +166,7 @@ def _generation_config(model: Any, options: DecodingOptions, max_length: int) ->
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
         if getattr(options, name) is not None:
             setattr(config, name, getattr(options, name))
-    model._prepare_special_tokens(config, device=model.device)
+    prepare_special_tokens(model, config)
     return config
 
 

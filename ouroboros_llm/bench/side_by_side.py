@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 
 from ..errors import ModelError, OuroborosError
 from ..ouroboros import Ouroboros
+from ..transformers_api import last_logits
 from .methods import PLAIN, SECOND_PASS, Answer, Method, Question
 from .prompts import Conversation, encode
 
@@ -160,7 +160,6 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
 @torch.inference_mode()
 def logit_gap(model: torch.nn.Module, token_ids: Sequence[int], token_id: int) -> float:
     """How far the best logit after `token_ids` is ahead of the one of `token_id`, by one forward of its own."""
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     ids = torch.tensor([token_ids], device=next(model.parameters()).device)
-    logits = model(ids, **({"logits_to_keep": 1} if keeps else {})).logits[0, -1].float()
+    logits = last_logits(model, ids).float()
     return float(logits.max() - logits[token_id])

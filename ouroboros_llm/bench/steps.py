@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..decoder import Decoder, likeliest_tokens
 from ..draft_tree import DraftTree, TreeBuilder
@@ -17,6 +17,7 @@ from ..sampling import Sampler
 from ..target.base import Greedy, Pass, Walked
 from ..target.pass_times import WIDTHS
 from ..target.prepared import PreparedModel, prepare
+from ..transformers_api import DynamicCache, forward_signature
 from ..verification import accept
 from .device import profile, seconds_of
 from .shapes import bytes_read
@@ -111,13 +112,13 @@ def _longer(draft: DraftTree, logits: torch.Tensor) -> DraftTree:
 def _library_step(model: PreTrainedModel, text: list[int]) -> Callable[[int], object]:
     """A pass of the library's own over a cache of its own, which then drops what was added."""
     cache: Any = DynamicCache(config=model.config)
-    run: Any = model
-    run(input_ids=torch.tensor([text], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    run = partial(forward_signature(model).call, model)
+    run(torch.tensor([text], device=model.device), cache, logits_to_keep=1)
 
     @torch.inference_mode()
     def step(width: int) -> object:
         ids = torch.ones(1, width, dtype=torch.long, device=model.device)
-        logits = run(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        logits = run(ids, cache).logits
         cache.crop(-width)
         return logits
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..transformers_api import response_field, response_template
 from .call_writer import CallWriter
 from .json_text import object_of
 from .reply import ContentDelta, Delta, ReasoningDelta, offered
@@ -19,16 +20,10 @@ _CALLS = "tool_calls"
 def is_usable(template: Any) -> bool:
     """Whether this version of transformers takes the template."""
     try:
-        _loaded(template)
+        response_template(template)
     except (ImportError, TypeError, ValueError):
         return False
     return True
-
-
-def _loaded(template: Mapping[str, Any]) -> Any:
-    from transformers.utils.chat_parsing.response_templates import load_response_template
-
-    return load_response_template(dict(template))
 
 
 class TemplateStream:
@@ -48,7 +43,7 @@ class TemplateStream:
         about: str = "",
     ) -> None:
         """See `ReplyFormat.stream`."""
-        self._template, self._schemas = _loaded(template), offered(tools)
+        self._template, self._schemas = response_template(template), offered(tools)
         self._calls = CallWriter(ids, about)
         self._content, self._reasoning = Flow(ContentDelta), Flow(ReasoningDelta)
         self._text, self._at = "", 0
@@ -167,9 +162,7 @@ class TemplateStream:
             self._deltas += self._calls.whole(name, arguments, id)
 
     def _values(self, field: Any) -> list[Any]:
-        from transformers.utils.chat_parsing.content_parsers import process_field
-
-        value = process_field(self._body, field, self._captures)
+        value = response_field(self._body, field, self._captures)
         return value if isinstance(value, list) else [value]
 
     def _call(self, value: Any, field: Any) -> tuple[str, str | None, str]:

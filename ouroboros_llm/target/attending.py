@@ -8,9 +8,8 @@ from itertools import count
 from typing import Any, Protocol
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
-from transformers.cache_utils import CacheLayerMixin
 
+from ..transformers_api import Cache, CacheLayer, complete_layer, register_attention
 from .attention import Nodes, Sees, attend
 from .cache import SlotLayer
 
@@ -24,7 +23,7 @@ class Attention(Protocol):
     def in_place(self) -> bool:
         """Whether layers keep nothing of a text, which is found by the addresses that come with the nodes."""
 
-    def layer(self, number: int, own: SlotLayer, nodes: Nodes, counts: bool) -> CacheLayerMixin:
+    def layer(self, number: int, own: SlotLayer, nodes: Nodes, counts: bool) -> CacheLayer:
         """A layer for the length of a pass, or for as long as `nodes` are. `counts`: whether it is to say how long the
         text is."""
 
@@ -69,13 +68,12 @@ class Attending:
         self.nodes: Nodes | None = None
         self.calls = 0
         """Layers that attended in this pass."""
-        AttentionInterface.register(self.name, self.attend)
-        AttentionMaskInterface.register(self.name, self.seen)
+        register_attention(self.name, self.attend, self.seen)
 
-    def seen(self, *, kv_length: int, mask_function: Sees, local_size: int | None = None, **_: Any) -> torch.Tensor:
+    def seen(self, slots: int, sees: Sees, local_size: int | None) -> torch.Tensor:
         """The library asks this once for every kind of layer; what it gets it hands to `attend`."""
         assert self.nodes is not None
-        return self.attention.seen(self.nodes, mask_function, kv_length, local_size)
+        return self.attention.seen(self.nodes, sees, slots, local_size)
 
     def attend(
         self,
@@ -98,18 +96,12 @@ class Attending:
         return found, None
 
 
-def forget(name: str) -> None:
-    """Take back what was registered under a name; the library has no way to."""
-    for interface in (AttentionInterface, AttentionMaskInterface):
-        interface._global_mapping.pop(name, None)
-
-
 class OverSlots:
     """Plain operations, over all slots that there are."""
 
     in_place = False
 
-    def layer(self, number: int, own: SlotLayer, nodes: Nodes, counts: bool) -> CacheLayerMixin:
+    def layer(self, number: int, own: SlotLayer, nodes: Nodes, counts: bool) -> CacheLayer:
         return SlotsLayer(own, nodes, counts)
 
     def seen(self, nodes: Nodes, sees: Sees, slots: int, local_size: int | None) -> torch.Tensor:
@@ -134,18 +126,16 @@ class OverSlots:
             layer.move(order)
 
 
-class SlotsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the library's hook is not typed
+@complete_layer
+class SlotsLayer(CacheLayer):
     """One layer of a text for the length of a pass: writes nodes behind the text, shows all slots."""
 
     # Windows are for the mask: the library's own sliding layers move their slots, which nodes of a tree cannot share.
-    is_compileable, is_sliding, is_croppable = True, False, False
+    is_compileable = True
 
     def __init__(self, own: SlotLayer, nodes: Nodes, counts: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._own, self._nodes, self._counts, self.is_initialized = own, nodes, counts, True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """The text was begun by a pass of the library's own."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -165,6 +155,3 @@ class SlotsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the libra
 
     def get_seq_length(self) -> Any:
         return self._nodes.length if self._counts else 0
-
-    def get_max_length(self) -> int:
-        return -1

@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedConfig
 
+from ..transformers_api import Cache, CacheLayer, DynamicCache, attention_layers, complete_layer, crop, is_croppable
 from .states import ForwardStates
 
 
@@ -70,15 +70,16 @@ def roomy(slots: int) -> int:
     return capacity
 
 
-class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the library's hook is not typed
+@complete_layer
+class SlotLayer(CacheLayer):
     """One layer's keys and values, [1, heads, capacity, head size], of which the first `length` slots count."""
 
     keys: torch.Tensor
     values: torch.Tensor
-    is_compileable, is_sliding, is_croppable = False, False, True
+    is_croppable = True
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.length = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -106,9 +107,6 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the librar
 
     def get_seq_length(self) -> int:
         return self.length
-
-    def get_max_length(self) -> int:
-        return -1
 
     def move(self, start: int, slots: torch.Tensor) -> None:
         """Copy `slots` to where `start` is; safe though source and destination overlap."""
@@ -273,13 +271,11 @@ class LibraryCache:
 
     @property
     def can_drop(self) -> bool:
-        return bool(getattr(self.states, "is_croppable", False))
+        return is_croppable(self.states)
 
     def keep(self, start: int, path: Sequence[int], width: int) -> None:
         if self.can_drop:
-            # Recording starts with the first round: while it is on, nothing that a prompt wrote is ever forgotten.
-            self.states.activate_past_recording()  # type: ignore[no-untyped-call]
-            self.states.crop(len(path) - width)
+            crop(self.states, width - len(path))
         elif len(path) != width:
             raise RuntimeError(f"cannot drop {width - len(path)} of {width} tokens from recurrent states")
         self._known.length = start + len(path)
@@ -306,7 +302,5 @@ class LibraryCache:
 
 def cache_for(config: PreTrainedConfig) -> RewindableCache:
     """The cache that can do most with a model of this configuration."""
-    layers = DynamicCache(config=config).layers
-    if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-        return SlotCache([SlotLayer() for _ in layers])
-    return LibraryCache(config)
+    layers = attention_layers(config)
+    return LibraryCache(config) if layers is None else SlotCache([SlotLayer() for _ in range(layers)])

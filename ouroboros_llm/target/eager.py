@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..draft_tree import MAX_WIDTH, DraftTree
+from ..transformers_api import Cache, forward_signature
 from .base import Branching, Greedy, Walked
 from .cache import RewindableCache, SlotCache, cache_for
 from .clock import Clock
@@ -76,7 +76,7 @@ class EagerTarget:
         self._moved: tuple[int, ...] | None = None
         """The path of a walk, whose keys and values are where they belong already."""
         self._vocabulary = vocabulary_size(model)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._signature = forward_signature(model)
 
     @property
     def prefill_branching(self) -> Branching:
@@ -220,16 +220,13 @@ class EagerTarget:
         plain = len(rows) == 1 and rows[0][0].is_chain
         if isinstance(wanted, torch.Tensor):
             wanted = wanted.to(device)
-        kept = {"logits_to_keep": wanted} if self._keeps_logits and wanted is not None else {}
-        model = (self.static and self.static.reader) or self.model
-        output = model(
-            input_ids=ids,
+        output = self._signature.call(
+            (self.static and self.static.reader) or self.model,
+            ids,
+            states,
             position_ids=torch.tensor([positions], device=device),
             attention_mask=None if plain else tree_masks(rows, self.config, device, self.model.dtype),
-            past_key_values=states,
-            use_cache=True,
-            return_dict=True,
-            **kept,
+            logits_to_keep=wanted,
         )
         logits: torch.Tensor = output.logits[0]
-        return logits[wanted] if isinstance(wanted, torch.Tensor) and not kept else logits
+        return logits[wanted] if isinstance(wanted, torch.Tensor) and not self._signature.keeps_logits else logits

@@ -8,7 +8,6 @@ of no pattern; where one gives the very same numbers the module gets it, and kee
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..transformers_api import is_rotary, takes_one_argument
 from .operations import ACTIVATIONS, Activation, Operations, Plain
 
 _NORMS = ((0.0, True), (0.0, False), (1.0, False))
@@ -76,7 +76,7 @@ def _norm(module: nn.Module, operations: Operations, random: torch.Generator) ->
     if len(own) != 1 or any(True for _ in module.children()) or any(True for _ in module.buffers()):
         return None
     ((name, weight),) = own.items()
-    if weight.dim() != 1 or not _takes_one(module):
+    if weight.dim() != 1 or not takes_one_argument(module):
         return None
     tried, shadow = _random((len(weight),), weight, random), copy.copy(module)
     # Weights that are all 1 would not say when they are multiplied with.
@@ -106,7 +106,7 @@ def _gate(module: nn.Module, operations: Operations, random: torch.Generator) ->
     children = dict(module.named_children())
     linear = {name: child for name, child in children.items() if hasattr(child, "in_features")}
     others = [child for name, child in children.items() if name not in linear]
-    if len(linear) not in (2, 3) or len(others) != 1 or not _takes_one(module):
+    if len(linear) not in (2, 3) or len(others) != 1 or not takes_one_argument(module):
         return None
     like = next((weight for weight in module.parameters() if weight.is_floating_point()), None)
     if like is None or (activation := _activation(others[0], like, random)) is None:
@@ -162,8 +162,8 @@ def _rotation(module: nn.Module, operations: Operations, random: torch.Generator
     if like is None or not isinstance(forward, FunctionType):
         return None
     for name in forward.__code__.co_names:
-        turn = forward.__globals__.get(name)
-        if not isinstance(turn, FunctionType) or [*inspect.signature(turn).parameters][:4] != ["q", "k", "cos", "sin"]:
+        turn: Any = forward.__globals__.get(name)
+        if not is_rotary(turn):
             continue
         form = next((form for form in _ROTATIONS if _turns_so(turn, Plain(), form, like, random)), None)
         if form is not None and _turns_so(turn, operations, form, like, random, near=True):
@@ -217,11 +217,6 @@ def _turned(
 
 
 # Trying.
-
-
-def _takes_one(module: nn.Module) -> bool:
-    own = inspect.signature(type(module).forward).parameters.values()
-    return len([one for one in own if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]) == 2
 
 
 def _random(shape: tuple[int, ...], like: torch.Tensor, random: torch.Generator) -> torch.Tensor:

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
+from ..transformers_api import Cache, CacheLayer, complete_layer
 from .attention import Nodes, Sees
 from .cache import SlotLayer
 
@@ -41,7 +40,7 @@ class InPlace:
         """By place among the addresses."""
         self._alike: list[tuple[torch.Tensor, torch.Tensor, int]] | None = None
 
-    def layer(self, number: int, own: SlotLayer, nodes: Nodes, counts: bool) -> CacheLayerMixin:
+    def layer(self, number: int, own: SlotLayer, nodes: Nodes, counts: bool) -> CacheLayer:
         if own.is_initialized:
             for place, states in ((2 * number, own.keys), (2 * number + 1, own.values)):
                 kind = (states.shape[1], states.shape[3], states.dtype)
@@ -90,18 +89,16 @@ def _alike(buffers: dict[int, _Kind], device: torch.device) -> Iterator[tuple[to
         yield torch.tensor(places, device=device), torch.empty(size, dtype=dtype, device=device), heads
 
 
-class PlacedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the library's hook is not typed
+@complete_layer
+class PlacedLayer(CacheLayer):
     """Hands out the nodes' own keys and values; the kernel writes them behind the text."""
 
-    is_compileable, is_sliding, is_croppable = True, False, False
+    is_compileable = True
 
     def __init__(self, attention: InPlace, number: int, nodes: Nodes, counts: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._attention, self._number, self._nodes, self._counts = attention, number, nodes, counts
         self.is_initialized = True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """The text was begun by a pass of the library's own."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -114,9 +111,6 @@ class PlacedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the libr
 
     def get_seq_length(self) -> Any:
         return self._nodes.length if self._counts else 0
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 def first_seen(positions: torch.Tensor, reach: Reach, size: int | None) -> torch.Tensor:

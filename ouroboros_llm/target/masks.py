@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..draft_tree import DraftTree
+from ..transformers_api import attention_of
 
 _Sees = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(positions of queries [.., 1], positions of keys [1, ..]) -> whether the layer lets one see the other."""
@@ -46,7 +47,7 @@ def _seen(draft: DraftTree, length: int, sees: _Sees, device: torch.device) -> t
 
 def _as_scores(seen: torch.Tensor, config: PreTrainedConfig, dtype: torch.dtype) -> torch.Tensor:
     """A mask as the model's attention wants it."""
-    if _attention_of(config) != "eager":
+    if attention_of(config) != "eager":
         return seen
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
@@ -58,11 +59,7 @@ def takes_masks(config: PreTrainedConfig) -> bool:
     which are positions in a chain but not in a tree, and a probe over a few tokens would not reach them.
     """
     windows = any(getattr(config, name, None) for name in _OWN_WINDOWS)
-    return _attention_of(config) in ("sdpa", "eager") and not windows
-
-
-def _attention_of(config: PreTrainedConfig) -> str:
-    return str(getattr(config, "_attn_implementation", None) or "eager")
+    return attention_of(config) in ("sdpa", "eager") and not windows
 
 
 def _layer_kinds(config: Any) -> dict[str, _Sees]:

@@ -12,10 +12,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from ..draft_tree import MAX_WIDTH, DraftTree
+from ..transformers_api import Cache, CacheLayer, complete_layer, rope_of
 from .base import Pass
 from .cache import SlotLayer
 from .pack_times import PackTimes
@@ -37,9 +36,8 @@ def can_pack(config: Any) -> bool:
     Rotary angles that follow the longest text of a pass would make one text depend on another; a probe over short
     texts would not reach them.
     """
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     return not any(getattr(config, name, None) for name in _OWN_POSITIONS) and not any(
-        kind in str(rope) for kind in _BY_LONGEST
+        kind in str(rope_of(config)) for kind in _BY_LONGEST
     )
 
 
@@ -176,17 +174,13 @@ def _shared(targets: Sequence[EagerTarget], drafts: Sequence[DraftTree]) -> Cach
     return Cache(layers=[PackedLayer(own, widths) for own in layers])
 
 
-class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the library's hook is not typed
+@complete_layer
+class PackedLayer(CacheLayer):
     """One layer of several texts for the length of a pass: writes to each its own part, shows all of them."""
 
-    is_compileable, is_sliding, is_croppable = False, False, False
-
     def __init__(self, layers: Sequence[SlotLayer], widths: Sequence[int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._layers, self._widths, self.is_initialized = layers, list(widths), True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Every text's own layer does that."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -201,9 +195,6 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # the libr
 
     def get_seq_length(self) -> int:
         return sum(layer.length for layer in self._layers)
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 def _wait_for(logits: torch.Tensor) -> None:

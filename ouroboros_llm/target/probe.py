@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..draft_tree import DraftTree
 from ..errors import ModelError
+from ..transformers_api import forward_signature
 from .base import Branching, Pass
 from .eager import EagerTarget, vocabulary_size
 from .masks import takes_masks
@@ -49,7 +49,7 @@ def probe(model: PreTrainedModel) -> Probe:
     Args:
         model: any causal language model of the library. A few passes over at most eight tokens are run.
     """
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    if not forward_signature(model).takes_cache:
         return _undrafted(model)
     if not _can_drop(model):
         return _undrafted(model)

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..draft_tree import MAX_WIDTH, DraftTree
 from ..errors import ModelError
-from .attending import Attending, Attention, attention_for, forget
+from ..transformers_api import Cache, forward_signature, unregister_attention, use_attention
+from .attending import Attending, Attention, attention_for
 from .attention import Nodes
 from .base import Greedy
 from .cache import SlotCache
@@ -56,13 +57,14 @@ class StaticForward:
         if len({parameter.device for parameter in model.parameters()}) > 1 or hasattr(model, "hf_device_map"):
             raise ModelError("its layers are spread over devices")
         self._attending = Attending(attention or attention_for(model.device))
-        weakref.finalize(self, forget, self._attending.name)
+        weakref.finalize(self, unregister_attention, self._attending.name)
         self.model = twin_of(model)
         put_float32_head(self.model)
         self.reader = _reader(model)
         operations = operations or operations_for(model.device)
         self.fused = fuse(self.model, operations) if operations else Counter[str]()
-        self.model.config._attn_implementation = self._attending.name
+        use_attention(self.model.config, self._attending.name)
+        self._signature = forward_signature(self.model)
         config: Any = self.model.config.get_text_config(decoder=True)
         self._layers: int = config.num_hidden_layers
         # Scales that follow the length need it; where it is not used, a number keeps it out of Python's arithmetic.
@@ -142,13 +144,7 @@ class StaticForward:
     def step(self, nodes: Nodes, states: Cache) -> torch.Tensor:
         """The pass itself, on the device alone; logits [padded width, vocabulary]."""
         self._attending.nodes = nodes
-        output = self.model(
-            input_ids=nodes.ids,
-            position_ids=nodes.positions,
-            past_key_values=states,
-            use_cache=True,
-            return_dict=True,
-        )
+        output = self._signature.call(self.model, nodes.ids, states, position_ids=nodes.positions)
         logits: torch.Tensor = output.logits[0]
         return logits
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
 from ..draft_tree import DraftTree
-from ..errors import ModelError
+from ..transformers_api import check_generates, forward_signature
 from .base import Branching
 from .eager import shared_prefix
 from .states import ForwardStates
-
-_STATE_NAMES = ("past_key_values", "cache_params", "state")
 
 
 class StepwiseTarget:
@@ -36,20 +33,15 @@ class StepwiseTarget:
         """`continues`: whether passes over several tokens go on from a state rightly, as `probe` found; `marks`: keep
         what it takes to come back to the end of a prompt.
 
-        Raises ModelError where the model returns no state to carry, as encoder-decoder models and encoders do.
+        Raises ModelError where the model returns no state to carry, as encoder-decoder models and encoders do;
+        LibraryVersionError where the library does not say by which name.
         """
         self.model, self._continues, self._marks, self._marked = model, continues, marks, True
         self.token_ids: list[int] = []
         self._states = states or ForwardStates(lambda: None)
         self._pending: tuple[int, ...] = ()
-        names = [name for name in _STATE_NAMES if name in inspect.signature(model.forward).parameters]
-        if model.config.is_encoder_decoder or not names or not model.can_generate():
-            raise ModelError(
-                f"model must be a causal language model that generates from a cache, but got {type(model).__name__}; "
-                "load it with AutoModelForCausalLM"
-            )
-        self._state_name = names[0]
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        check_generates(model)
+        self._signature = forward_signature(model)
 
     def prefill(self, token_ids: Sequence[int], draft: DraftTree | None = None, before: int = 0) -> torch.Tensor:
         self.rewind(self.common_prefix(token_ids))
@@ -105,12 +97,10 @@ class StepwiseTarget:
     def _forward(self, token_ids: Sequence[int]) -> torch.Tensor:
         self._pending = tuple(token_ids)
         ids = torch.tensor([list(token_ids)], device=self.model.device)
-        state = {self._state_name: self._states.now}
-        if self._takes_positions:
-            # Left alone, some models count from zero in every pass.
-            start = len(self.token_ids) if self._states.now is not None else 0
-            state["position_ids"] = torch.arange(start, start + len(token_ids), device=ids.device)[None]
-        output = self.model(input_ids=ids, use_cache=True, return_dict=True, **state)
-        self._states.now = getattr(output, self._state_name)
+        # Left alone, some models count from zero in every pass.
+        start = len(self.token_ids) if self._states.now is not None else 0
+        positions = torch.arange(start, start + len(token_ids), device=ids.device)[None]
+        output = self._signature.call(self.model, ids, self._states.now, position_ids=positions)
+        self._states.now = self._signature.cache_of(output)
         logits: torch.Tensor = output.logits[0]
         return logits
