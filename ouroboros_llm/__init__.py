@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .options import DecodingOptions
     from .ouroboros import Ouroboros
     from .phrases import Phrase, PhrasePool, PoolSource
+    from .progress import show_progress
     from .scopes import ouroboros_scope
     from .statistics import DecodingStatistics, GenerationResult, Piece, Usage
     from .stream import Stream
@@ -71,6 +72,7 @@ __all__ = [
     "limit_kv_bytes",
     "ouroboros_scope",
     "read_documents",
+    "show_progress",
 ]
 
 # Imported on first use, so that `ouroboros --help` does not wait for torch.
@@ -101,6 +103,7 @@ _MODULES = {
     "PhrasePool": "phrases",
     "PoolSource": "phrases",
     "ouroboros_scope": "scopes",
+    "show_progress": "progress",
     "DecodingStatistics": "statistics",
     "GenerationResult": "statistics",
     "Piece": "statistics",

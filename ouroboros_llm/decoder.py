@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 from .draft_tree import MAX_WIDTH, DraftTree
@@ -60,16 +61,19 @@ class Decoder:
         branching = self.target.prefill_branching if self._prefill_drafts else "none"
         draft = self._draft(context, left, branching, end_token_ids, prefill_cost(self.target.cost))
         before = PROMPT_POSITIONS if self._successors else 0
-        found = yield from ask(Pass(self.target, draft, context, before))
+        wanted = Pass(self.target, draft, context, before)
+        found = yield from ask(wanted)
         assert not isinstance(found, Walked)  # it would know nothing of the text before the root
         read, found = self._read(context, found[: -draft.width]), found[-draft.width :]
         while True:
+            began = perf_counter()
             likeliest, successors, choose = self._choices(found, sampler, context)
+            seconds = wanted.seconds + perf_counter() - began
             accepted = accept(draft, choose, limit=left, end_token_ids=end_token_ids)
             self.target.keep(accepted.path)
             context += accepted.token_ids
             left -= len(accepted.token_ids)
-            round = Round(draft, accepted.token_ids, accepted.path, tuple(likeliest), successors, read)
+            round = Round(draft, accepted.token_ids, accepted.path, tuple(likeliest), successors, read, seconds)
             self.drafter.learn(round)
             yield round
             read = ()
@@ -79,7 +83,8 @@ class Decoder:
             branching = self.target.branching if accepted.token_ids else "none"
             draft = self._draft(context, left, branching, end_token_ids, self.target.cost)
             greedy = Greedy(left, end_token_ids, self._successors) if sampler.plain else None
-            found = yield from ask(Pass(self.target, draft, greedy=greedy))
+            wanted = Pass(self.target, draft, greedy=greedy)
+            found = yield from ask(wanted)
 
     def _choices(
         self, found: torch.Tensor | Walked, sampler: Chooser, context: Sequence[int]

@@ -79,6 +79,7 @@ def shared(
             pair = (draft.model, draft.tokenizer) if draft is not None else None
             ouroboros = Ouroboros(loaded.model, loaded.tokenizer, draft_model=pair, store=store, target=target)
             ouroboros.name = name
+            ouroboros.load_seconds += loaded.seconds + (0.0 if draft is None else draft.seconds)
             _shared[key] = ouroboros
         return _shared[key]
 

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from .decoder import PROMPT_POSITIONS
 from .draft_tree import MAX_WIDTH
 from .errors import MemoryLimitError
-from .target.prepared import PreparedModel, locked
+from .target.prepared import PreparedModel
 
 _CGROUP = Path("/sys/fs/cgroup")
 _GIB = 1 << 30
 
 _FAILURES = ("out of memory", "DefaultCPUAllocator")
 """What the messages of allocators say that have no exception of their own."""
-
-_token_bytes: WeakKeyDictionary[Any, int | None] = WeakKeyDictionary()
-_measuring = threading.RLock()
 
 
 def check_room(
@@ -54,37 +48,13 @@ def check_room(
 
 def needed_bytes(prepared: PreparedModel, tokens: int) -> int | None:
     """Keys and values of so many tokens, and the logits of one wide pass; None where they cannot be foretold."""
-    per_token = token_bytes(prepared)
+    per_token = prepared.probe.token_bytes
     if per_token is None:
         return None
     text = prepared.model.config.get_text_config(decoder=True)
     # As the model gives them, and once more in float32 for what is done with them.
     logits = (MAX_WIDTH + PROMPT_POSITIONS) * int(text.vocab_size) * (prepared.model.dtype.itemsize + 4)
     return tokens * per_token + logits
-
-
-def token_bytes(prepared: PreparedModel) -> int | None:
-    """Bytes of one token's keys and values, in all layers; None where the model keeps other states.
-
-    Counted in a cache that has read one token, because configurations have too many ways to say it: grouped queries,
-    layers that share keys, layers of several kinds, latent attention.
-    """
-    with _measuring:
-        model = prepared.model
-        if model not in _token_bytes:
-            _token_bytes[model] = _measured(prepared)
-        return _token_bytes[model]
-
-
-def _measured(prepared: PreparedModel) -> int | None:
-    target: Any = prepared.start()
-    states = getattr(getattr(target, "cache", None), "states", None)
-    if states is None or not target.cache.can_rewind:
-        return None
-    with locked(prepared):
-        target.prefill((1,))
-    layers: list[Any] = [layer for layer in states.layers if layer.is_initialized]
-    return sum(int(part.nbytes // part.shape[-2]) for layer in layers for part in (layer.keys, layer.values))
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -7,10 +7,12 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from . import progress
 from .errors import ModelDownloadError, ModelError, OptionError, UnknownModelError
-from .packaged import cache_folder, console, fetch, registry
+from .packaged import cache_folder, fetch, registry
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +29,13 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
+    """A model in memory."""
+
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
+    seconds: float = 0.0
+    """That it took to fetch and load it."""
 
 
 def resolve(name: str | Path) -> Path:
@@ -95,24 +101,27 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .quantization import check_quantization, quantize
+    from .transformers_api import without_progress_bars
 
     check_quantization(quantization)
+    began = perf_counter()
     place = _device(torch, device)
     number = _dtype(torch, dtype, place)
     folder = resolve(name)
     kind = str(number).removeprefix("torch.") + (f", {quantization}" if quantization else "")
-    console.print(f"loading {name} ({kind}, {place})")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=number)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"model {str(name)!r} cannot be loaded as a causal language model: {reason}") from error
-    if quantization is not None:
-        # Layer by layer on the device, which need not have room for the whole weights.
-        quantize(model, quantization, place)
-    model = model.to(place)
-    return LoadedModel(model.train(False), tokenizer, str(name))
+    with progress.step(f"loading {name} ({kind}, {place})"):
+        try:
+            with without_progress_bars():
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=number)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(f"model {str(name)!r} cannot be loaded as a causal language model: {reason}") from error
+        if quantization is not None:
+            # Layer by layer on the device, which need not have room for the whole weights.
+            quantize(model, quantization, place)
+        model = model.to(place)
+    return LoadedModel(model.train(False), tokenizer, str(name), perf_counter() - began)
 
 
 def placement(device: str | torch.device, dtype: str | torch.dtype) -> tuple[torch.device, torch.dtype]:

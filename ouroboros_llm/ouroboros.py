@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any, TypedDict, Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,18 +26,20 @@ from .model_sessions import ModelSessions
 from .options import DecodingOptions, check_whole, spread
 from .phrases import PhrasePool, PoolSource, check_scope, check_scopes
 from .quantization import Quantization
-from .request import Request, Steps
+from .request import Request, RequestClock, Steps
 from .scopes import current_scope
 from .session import Session
 from .sources import flush, open_pool, open_source
 from .statistics import GenerationResult, Piece
 from .stream import Stream, off_the_loop, results
 from .target.eager import vocabulary_size
-from .target.prepared import KINDS, Kind, prepare
+from .target.prepared import KINDS, Kind, keep_measurements, measure, prepare
 from .text import Prompt, encode, vocabulary_hash
 from .turn import Turn
 from .worker import worker_of
 from .workspaces import KVUsage
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_SCOPE = "conversation:default"
 """Where phrases go when no scope is named: one user's own. Never read once a scope is named."""
@@ -65,6 +71,7 @@ class Ouroboros:
         store: where phrases are kept.
         name: registry name, path or hub id of the model.
         fingerprint: hash of the tokenizer's vocabulary; pools of another are never read.
+        load_seconds: taken to load and probe the model and its draft model.
     """
 
     def __init__(
@@ -98,6 +105,7 @@ class Ouroboros:
         Raises:
             ModelError: not a causal language model. TokenizerMismatchError: draft and target vocabularies differ.
         """
+        began = perf_counter()
         _check(model, tokenizer, target, documents)
         check_whole("max_active", max_active, 1)
         check_whole("max_waiting", max_waiting, 1)
@@ -114,8 +122,12 @@ class Ouroboros:
         self._worker = worker_of(model)
         self._worker.max_active = max_active or self._worker.max_active
         self._worker.max_waiting = max_waiting or self._worker.max_waiting
+        for prepared in filter(None, (self._prepared, self._draft)):
+            self._worker.when_idle(partial(_measure, weakref.ref(prepared.model), races=target == "auto"))
         for shortcoming in self._prepared.shortcomings:
             warnings.warn(f"{self.name} {shortcoming}", RuntimeWarning, stacklevel=2)
+        self.load_seconds, self._has_answered = perf_counter() - began, False
+        logger.info("%s is ready, %.1f s after its weights", self.name, self.load_seconds)
 
     @classmethod
     def from_pretrained(
@@ -139,6 +151,7 @@ class Ouroboros:
             loaded.model, loaded.tokenizer, draft_model=draft_model, store=store, target=target, documents=documents
         )
         ouroboros.name = loaded.name
+        ouroboros.load_seconds += loaded.seconds
         return ouroboros
 
     @property
@@ -258,13 +271,13 @@ class Ouroboros:
         own = {} if session.recalled else {session.scope: write}
         self._check_writable({**own, **dict(zip(dict.fromkeys(others), also, strict=True))})
         corpora = [self._corpora.open(name) for name in check_scopes(corpus_scopes, "corpus_scopes")]
-        cancelled = threading.Event()
+        cancelled, clock = threading.Event(), RequestClock()
         prefixes = check_scopes(prefix_scopes, "prefix_scopes")
         steps = self._steps(
-            fitted, session, write, read, also, corpora, prefixes, options, constraint, cancelled, kept_tokens
+            fitted, session, write, read, also, corpora, prefixes, options, constraint, cancelled, clock, kept_tokens
         )
         after = None if isinstance(self.store, MemorySource) else partial(flush, self.store)
-        request = Request(steps, timeout=options.timeout, after=after)
+        request = Request(steps, timeout=options.timeout, after=after, clock=clock)
         return Stream(self._worker, request, cancelled)
 
     def astream(self, prompt: Prompt, **asked: Unpack[Asked]) -> AsyncGenerator[Piece]:
@@ -385,6 +398,7 @@ class Ouroboros:
     def close(self) -> None:
         """Flush, close a store that was opened from a URL, and free kept keys and values. Idempotent."""
         self.flush()
+        keep_measurements(self.model)
         if self._owns_store:
             self.store.close()
         self._corpora.clear()
@@ -408,6 +422,7 @@ class Ouroboros:
         options: DecodingOptions,
         constraint: Constraint | None,
         cancelled: threading.Event,
+        clock: RequestClock,
         kept_tokens: Mapping[int, str] | None,
     ) -> Steps[Piece]:
         """One answer, a step at a time, in the worker's thread. `prefixes`: scopes whose kept prefixes it may copy."""
@@ -434,7 +449,18 @@ class Ouroboros:
                 constraint=constraint,
                 kept_tokens=kept_tokens,
             )
-            return (yield from turn.steps())
+            last = yield from turn.steps()
+        return self._timed(last, clock)
+
+    def _timed(self, last: Piece | None, clock: RequestClock) -> Piece:
+        """The last piece, whose statistics say what was spent outside of its steps too."""
+        assert last is not None and last.result is not None  # the last piece always carries it
+        load, self._has_answered = 0.0 if self._has_answered else self.load_seconds, True
+        statistics = last.result.statistics
+        wait = max(0.0, clock.seconds - statistics.seconds)
+        statistics = replace(statistics, wait_seconds=wait, load_seconds=load)
+        logger.debug("%s answered: %s", self.name, statistics)
+        return replace(last, result=replace(last.result, statistics=statistics))
 
     def _check_writable(self, pools: Mapping[str, PhrasePool]) -> None:
         if documents := next((name for name, pool in pools.items() if is_corpus(pool)), None):
@@ -463,6 +489,12 @@ class Ouroboros:
         )
         self._checked(fitted.token_ids)
         return fitted
+
+
+def _measure(model: weakref.ref[PreTrainedModel], *, races: bool) -> Iterator[None]:
+    """Measure a model, if it still exists."""
+    held = model()
+    return iter(()) if held is None else measure(held, races=races)
 
 
 def _check(model: object, tokenizer: object, target: object, documents: object) -> None:

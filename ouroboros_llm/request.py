@@ -31,6 +31,34 @@ class End:
         self.error = error
 
 
+class RequestClock:
+    """Time that a request spent between its submission and its end, while its caller was not behind."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._paused_at: float | None = None
+        self._paused = 0.0
+
+    def start(self) -> None:
+        self._began = monotonic()
+
+    def pause(self, paused: bool) -> None:
+        """Stop, or go on, if it does not yet."""
+        if paused == (self._paused_at is not None):
+            return
+        if self._paused_at is not None:
+            self._paused, self._paused_at = self._paused + monotonic() - self._paused_at, None
+        else:
+            self._paused_at = monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Until now; 0 before it starts."""
+        if self._began is None:
+            return 0.0
+        return (monotonic() if self._paused_at is None else self._paused_at) - self._began - self._paused
+
+
 class Request(Generic[Item]):
     """One caller's work: the worker takes its steps, the caller takes what they bring.
 
@@ -39,11 +67,18 @@ class Request(Generic[Item]):
     """
 
     def __init__(
-        self, steps: Steps[Item], *, timeout: float | None = None, after: Callable[[], None] | None = None
+        self,
+        steps: Steps[Item],
+        *,
+        timeout: float | None = None,
+        after: Callable[[], None] | None = None,
+        clock: RequestClock | None = None,
     ) -> None:
         """`timeout`: seconds that it may wait and run, the time its caller leaves it paused not counted; `after`: what
-        remains to do when its steps are done and what others need not wait for."""
+        remains to do when its steps are done and what others need not wait for; `clock`: what its steps look at, if
+        they want to know how long it has waited."""
         self.steps, self.timeout, self.after = steps, timeout, after
+        self.clock = clock or RequestClock()
         self.arrived: SimpleQueue[Item | End] = SimpleQueue()
         self.on_arrival: Callable[[], None] | None = None
         self.ended = threading.Event()
@@ -54,28 +89,21 @@ class Request(Generic[Item]):
         """The pass at which its step has stopped."""
         self.shares = True
         """Whether its steps are believed to stop at passes, which can then be made together with others'."""
-        self._deadline: float | None = None
-        self._paused_at: float | None = None
 
     def submitted(self) -> None:
         """Time counts from here."""
-        self._deadline = None if self.timeout is None else monotonic() + self.timeout
+        self.clock.start()
 
     @property
     def ready(self) -> bool:
         """Whether a step is wanted: the caller is not behind, or waits for the end alone."""
         return self.hurried or self.whole or self.arrived.qsize() < AHEAD
 
-    def late(self, now: float) -> bool:
+    @property
+    def late(self) -> bool:
         """Whether its time is over. While it is paused, no time passes for it."""
-        if self._deadline is None:
-            return False
-        if not self.ready:
-            self._paused_at = self._paused_at or now
-        elif self._paused_at is not None:
-            self._deadline += now - self._paused_at
-            self._paused_at = None
-        return self._paused_at is None and now > self._deadline
+        self.clock.pause(not self.ready)
+        return self.timeout is not None and self.ready and self.clock.seconds > self.timeout
 
     def bring(self, item: Item | None) -> None:
         """What a step brought goes to the caller, if that wants it."""

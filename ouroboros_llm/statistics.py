@@ -47,6 +47,20 @@ class DecodingStatistics:
     draft_forwards: int = 0
     """Forward passes of the draft model."""
     seconds: float = 0.0
+    """In the steps of this answer: drafting, forward passes, sampling, text."""
+    prefill_seconds: float = 0.0
+    """Of the forward passes that read the prompt, until the first token."""
+    model_seconds: float = 0.0
+    """Of all forward passes of the target model and of reading their logits, the prefill's included."""
+    wait_seconds: float = 0.0
+    """Spent behind other requests, before the first step and between two; not while the caller was behind."""
+    load_seconds: float = 0.0
+    """Taken to load and probe the model, where this is the first answer of it; 0 in all others."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Completion tokens per second of this answer's steps, the prefill's included."""
+        return self.completion_tokens / self.seconds if self.seconds else 0.0
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -85,7 +99,7 @@ class Tally:
         self._forwards = self._drafted = 0
         self._accepted: Counter[str] = Counter()
         self._origins: list[str] = []
-        self.seconds = 0.0
+        self.seconds = self.model_seconds = self.prefill_seconds = 0.0
 
     @property
     def rounds(self) -> int:
@@ -95,9 +109,16 @@ class Tally:
     def add(self, round: Round) -> None:
         """Count one round; the first is the prefill."""
         self._forwards += 1
+        self.add_pass(round.seconds)
         self._drafted += round.draft.width - 1
         self._origins += round.origins
         self._accepted.update(round.draft.sources[node] for node in round.accepted)
+
+    def add_pass(self, seconds: float) -> None:
+        """Count the time of a pass; until the first round is over it is the prefill's."""
+        self.model_seconds += seconds
+        if self._forwards <= 1:
+            self.prefill_seconds += seconds
 
     def statistics(self, completion_tokens: int, draft_forwards: int = 0) -> DecodingStatistics:
         return DecodingStatistics(
@@ -110,4 +131,6 @@ class Tally:
             origins=tuple(self._origins[:completion_tokens]),
             draft_forwards=draft_forwards,
             seconds=self.seconds,
+            prefill_seconds=self.prefill_seconds,
+            model_seconds=self.model_seconds,
         )

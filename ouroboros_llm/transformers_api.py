@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires
@@ -376,3 +377,20 @@ def response_field(body: str, field: Any, captures: Mapping[str, str]) -> Any:
     from transformers.utils.chat_parsing.content_parsers import process_field
 
     return process_field(body, field, dict(captures))
+
+
+# Progress bars.
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Load and save without the library's own bars, for as long as this lasts."""
+    from transformers.utils import logging as library_logging
+
+    enabled = library_logging.is_progress_bar_enabled()
+    library_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if enabled:
+            library_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

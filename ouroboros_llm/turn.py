@@ -167,7 +167,9 @@ class Turn:
         target = self._workspace.target
         # Long prompts are read in chunks, a step each; what is left fits into the first round.
         for end in chunk_ends(target, context):
-            yield from ask(Pass(target, DraftTree.root(context[end - 1]), context[:end]))
+            chunk = Pass(target, DraftTree.root(context[end - 1]), context[:end])
+            yield from ask(chunk)
+            self._tally.add_pass(chunk.seconds)
             yield None
         width = 1 if self._lean else self._width
         decoder = Decoder(

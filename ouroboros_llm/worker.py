@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from time import monotonic
 from typing import Any, TypeVar
 
 from .errors import OuroborosError, QueueFullError, RequestTimeoutError
@@ -21,6 +22,11 @@ MAX_ACTIVE, MAX_WAITING = 16, 1024
 
 IDLE_SECONDS = 10.0
 """How long the thread stays without any request."""
+
+QUIET_SECONDS = 1.0
+"""How long there has to be no request before what can wait is done: a script that ends does not wait for it."""
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -46,6 +52,8 @@ class Worker:
         self._waiting: deque[Request[Any]] = deque()
         self._active: deque[Request[Any]] = deque()
         self._retired = False
+        self._idle_work: deque[Callable[[], Iterator[None]]] = deque()
+        self._idle_step: Iterator[None] | None = None
         # Held during a step, and for a moment before it, so that a fork gets in between two steps, for certain.
         self._step_lock, self._gate = threading.RLock(), threading.RLock()
         self._afterwards: ThreadPoolExecutor | None = None
@@ -94,6 +102,10 @@ class Worker:
             raise item.error or OuroborosError("the request ended without a result")
         return item
 
+    def when_idle(self, work: Callable[[], Iterator[None]]) -> None:
+        """Do something, a step at a time, when no request is there after one has been; what it raises is logged."""
+        self._idle_work.append(work)
+
     def wake(self) -> None:
         """Look again: a caller has taken something, or wants no more. Safe in finalizers."""
         self._inbox.put(None)
@@ -131,6 +143,22 @@ class Worker:
                 return
         self._give_up(OuroborosError("the request was given up, because the interpreter exits"))
 
+    def _work_idly(self) -> bool:
+        """One step of what can wait; whether there was any."""
+        if self._idle_step is None and self._idle_work:
+            self._idle_step = self._idle_work.popleft()()
+        if self._idle_step is None:
+            return False
+        try:
+            with self._step_lock:
+                next(self._idle_step)
+        except StopIteration:
+            self._idle_step = None
+        except Exception:
+            self._idle_step = None
+            logger.warning("work that was left for later failed; it is given up", exc_info=True)
+        return True
+
     def _give_up(self, error: BaseException) -> None:
         """End everything with this error; the next request starts a new thread."""
         with self._lock:
@@ -157,9 +185,11 @@ class Worker:
         """Wait for a message; False where none came for long and the thread is to end."""
         # Whoever waits has been admitted by now: only paused requests are left, whose callers will wake us.
         try:
-            self._take_in(self._inbox.get(timeout=None if self._unfinished else IDLE_SECONDS))
+            self._take_in(self._inbox.get(timeout=self._patience))
             return True
         except Empty:
+            if not self._unfinished and self._work_idly():
+                return True
             with self._lock:
                 if not self._inbox.empty() or self._unfinished:
                     return True
@@ -168,6 +198,15 @@ class Worker:
                     self._afterwards.shutdown(wait=False)
                     self._afterwards = None
                 return False
+
+    @property
+    def _patience(self) -> float | None:
+        """Seconds to wait for a message; None: until one comes."""
+        if self._unfinished:
+            return None
+        if self._idle_step is not None:
+            return 0.0
+        return QUIET_SECONDS if self._idle_work else IDLE_SECONDS
 
     def _take_in(self, request: Request[Any] | None) -> None:
         if request is not None:
@@ -184,11 +223,10 @@ class Worker:
             self._active.append(request)
 
     def _drop_ended(self) -> None:
-        now = monotonic()
         for request in (*self._active, *self._waiting):
             if request.closed:
                 self._drop(request, None)
-            elif request.late(now):
+            elif request.late:
                 self._drop(request, RequestTimeoutError(request.timeout or 0.0, waiting=request in self._waiting))
 
     def _round(self, request: Request[Any]) -> None:

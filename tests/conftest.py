@@ -50,7 +50,7 @@ from ouroboros_llm import Ouroboros, PhrasePool
 from ouroboros_llm.drafting.blend import Blend
 from ouroboros_llm.drafting.memory import Memory, sources
 from ouroboros_llm.drafting.worth import Worth
-from ouroboros_llm.target import prepared
+from ouroboros_llm.target import measurements, prepared
 from ouroboros_llm.target.eager import EagerTarget
 from ouroboros_llm.target.packing import Packer
 from ouroboros_llm.target.prepared import fingerprint
@@ -76,8 +76,15 @@ def no_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.node.get_closest_marker("clock") is None:
         monkeypatch.setattr(EagerTarget, "cost", lambda _, width: 1 + 0.02 * (width - 1))
         monkeypatch.setattr(Worth, "pays", lambda *_: True)
-        monkeypatch.setattr(prepared, "_wins", lambda *_: False)
+        monkeypatch.setattr(prepared, "_is_raced", lambda *_: False)
         monkeypatch.setattr(Packer, "_chosen", lambda _, wanted: wanted[:1])
+
+
+@pytest.fixture(autouse=True)
+def measurements_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Measurements of tiny models are left to no other test, which may change what they are made with."""
+    monkeypatch.setattr(measurements, "cache_folder", lambda: tmp_path)
+    return tmp_path / "measurements"
 
 
 CHAT_TEMPLATE = (

@@ -25,7 +25,7 @@ from ouroboros_llm.target.pack_times import PackTimes
 from ouroboros_llm.target.packing import PackedLayer, Packer, can_pack
 from ouroboros_llm.target.pass_times import PassTimes
 from ouroboros_llm.target.prepared import prepare
-from ouroboros_llm.target.probe import probe
+from ouroboros_llm.target.probe import probe, probe_batching
 from ouroboros_llm.worker import Worker
 
 pytestmark = pytest.mark.clock
@@ -162,24 +162,31 @@ def test_no_text_depends_on_its_company(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_only_models_that_verify_trees_are_packed(architecture: str) -> None:
-    assert prepare(tiny_model(architecture)).probe.packs is (architecture in TREES)
+    packer = prepare(tiny_model(architecture)).packer
+    assert (packer is not None) is (architecture in TREES)
+    assert packer is None or probe_batching(tiny_model(architecture))
 
 
 def test_a_model_that_packs_wrongly_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     update = PackedLayer.update
 
-    def leaking(self: PackedLayer, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = update(self, *given)
+    def leaking(self: PackedLayer, *given: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = update(self, *given, **named)
         return keys.flip(2), values
 
-    assert probe(tiny_model()).packs
+    assert probe_batching(tiny_model())
     monkeypatch.setattr(PackedLayer, "update", leaking)
-    assert (probe(tiny_model()).branching, probe(tiny_model()).packs) == ("tree", False)
-    monkeypatch.setattr(PackedLayer, "update", lambda *_: 1 / 0)
+    assert probe(tiny_model()).branching == "tree" and not probe_batching(tiny_model())
+    monkeypatch.setattr(PackTimes, "cost", lambda *_: 1.0)
+    with Ouroboros(own_model(), byte_tokenizer()) as ouroboros:
+        results = ouroboros.batch(PROMPTS, options=DecodingOptions(max_new_tokens=TOKENS))
+        for prompt, result in zip(PROMPTS, results, strict=True):
+            assert list(result.token_ids) == plain(ouroboros.model, ouroboros.encode(prompt), TOKENS)
+    monkeypatch.setattr(PackedLayer, "update", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        probe(tiny_model())
-    monkeypatch.setattr(PackedLayer, "update", lambda *_: None)
-    assert not probe(tiny_model()).packs
+        probe_batching(tiny_model())
+    monkeypatch.setattr(PackedLayer, "update", lambda *_, **__: None)
+    assert not probe_batching(tiny_model())
 
 
 @pytest.mark.parametrize(
@@ -352,12 +359,13 @@ def test_an_error_reaches_only_the_caller_whose_text_it_is(
     model, texts = tiny_model(), [ids("abc"), ids("x"), ids("one two")]
     wanted = [plain(model, text, 20) for text in texts]
     bad = next(token_id for token_id in range(7, 263) if all(token_id not in text for text in (*texts, *wanted)))
-    poisoned = Poisoned(
-        monkeypatch, lambda drafts: any(bad in draft.token_ids for draft in drafts), ValueError("a bad text")
-    )
     options = DecodingOptions(max_new_tokens=20, max_draft_tokens=0)
     prompts = [texts[0], [*ids("ab"), bad, *ids("cd")], *texts[1:]]
     with Ouroboros(model, byte_tokenizer()) as ouroboros:
+        ouroboros.batch(PROMPTS, options=options)  # it is probed by now
+        poisoned = Poisoned(
+            monkeypatch, lambda drafts: any(bad in draft.token_ids for draft in drafts), ValueError("a bad text")
+        )
         calls = [
             lambda number=number: ouroboros.generate(prompts[number], scope=f"{number}", options=options)
             for number in range(4)

@@ -31,7 +31,7 @@ from ouroboros_llm import (
     RequestTimeoutError,
     custom_generate,
 )
-from ouroboros_llm.device_memory import free_bytes, needed_bytes, out_of_memory, token_bytes
+from ouroboros_llm.device_memory import free_bytes, needed_bytes, out_of_memory
 from ouroboros_llm.memory_pool import MemorySource
 from ouroboros_llm.target.cache import SlotLayer
 from ouroboros_llm.target.eager import EagerTarget
@@ -405,7 +405,8 @@ def test_bytes_of_a_token_are_those_that_a_cache_takes(architecture: str) -> Non
     prepared = prepare(tiny_model(architecture))
     target = EagerTarget(tiny_model(architecture), "none")
     target.prefill([5] * 256)
-    counted = token_bytes(prepared)
+    counted = prepared.probe.token_bytes
+    assert counted is not None
     assert counted == target.cache.nbytes // 256
     heads = 4 if architecture in ("gpt2", "gpt_neox") else 2
     assert counted == 2 * 2 * heads * 8 * 4  # keys and values, layers, heads, head size, float32

@@ -24,7 +24,7 @@ from ouroboros_llm.target.cache import SlotCache, roomy
 from ouroboros_llm.target.eager import EagerTarget
 from ouroboros_llm.target.head import Float32Head, put_float32_head
 from ouroboros_llm.target.pass_times import WIDTHS, PassTimes, padded
-from ouroboros_llm.target.prepared import PreparedModel, prepare
+from ouroboros_llm.target.prepared import PreparedModel, measure, prepare
 from ouroboros_llm.target.static import StaticForward
 from ouroboros_llm.target.twin import twin_of
 
@@ -328,7 +328,6 @@ def test_a_model_that_nobody_holds_is_freed_and_its_name_forgotten() -> None:
     ("architecture", "reason"),
     [
         ("falcon", "0 of 2 layers use the library's attention interface"),
-        ("gptj", "0 of 2 layers use the library's attention interface"),
         ("bloom_chains", "it cannot verify drafts with branches"),
     ],
 )
@@ -345,9 +344,20 @@ def test_models_with_attention_of_their_own_say_so_and_run_as_before(architectur
     ouroboros.close()
 
 
+def test_attention_that_moved_to_the_interface_is_used() -> None:
+    """GPT-J attended by code of its own before transformers 5.24."""
+    model = tiny_model("gptj")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ouroboros = Ouroboros(model, byte_tokenizer(), target="static")
+    for prompt in (TEXT, [7, 8] * 9):
+        assert list(ouroboros.generate(prompt, options=OPTIONS).token_ids) == plain(model, prompt, 24)
+    ouroboros.close()
+
+
 def test_such_a_model_would_be_wrong_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the test above: the library itself runs them under any name."""
-    model = tiny_model("gptj")
+    model = tiny_model("falcon")
     static = StaticForward(model)
     static._layers = 0
     target = EagerTarget(model, "tree", static=static)
@@ -391,16 +401,21 @@ def test_on_a_cpu_the_faster_way_is_taken(wins: list[bool], monkeypatch: pytest.
     monkeypatch.setattr(ouroboros_llm.target.prepared, "_seconds", lambda target: next(races))
     monkeypatch.setattr(ouroboros_llm.target.prepared, "_LONG", 10.0)
     model = own_model("qwen3")
+    assert prepare(model).way.static is None, "nothing is raced before an answer"
+    assert len(list(measure(model))) == 1 + len(wins)
+    assert next(races, None) is None, "the first race that is lost is the last"
     chosen = prepare(model)
     assert (chosen.way.static is not None) is all(wins)
-    assert next(races, None) is None, "the first race that is lost is the last"
     assert prepare(model).way is chosen.way
+    assert list(measure(model)) == [], "a race is run once"
 
 
 def test_long_passes_are_not_raced_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ouroboros_llm.target.prepared, "_LONG", 0.0)
     monkeypatch.setattr(ouroboros_llm.target.prepared, "StaticForward", None)
-    assert prepare(own_model("qwen3")).way.static is None
+    model = own_model("qwen3")
+    prepare(model)
+    assert list(measure(model)) == [] and prepare(model).way.static is None
 
 
 def test_passes_of_fixed_shape_are_made_with_others_too() -> None:

@@ -244,15 +244,18 @@ def test_time_stands_still_while_the_reader_is_behind(log: Log, monkeypatch: pyt
     request = log.request("r", 1, timeout=5)
     request.submitted()
     clock = 104.0
-    assert not request.late(clock)
+    assert not request.late and request.clock.seconds == 4
     for _ in range(AHEAD):
         request.arrived.put("item")
-    assert not request.late(clock)
-    assert not request.late(204.0)
+    assert not request.late
+    clock = 204.0
+    assert not request.late and request.clock.seconds == 4
     request.arrived.get()
-    assert not request.late(204.5)
-    assert not request.late(205.4)
-    assert request.late(205.6)
+    assert not request.late
+    clock = 204.9
+    assert not request.late and request.clock.seconds == pytest.approx(4.9)
+    clock = 205.1
+    assert request.late
 
 
 def test_what_remains_is_done_before_the_end_arrives_and_holds_nobody_up(worker: Worker, log: Log) -> None:

@@ -19,5 +19,10 @@ def _version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit."
 )
-def main() -> None:
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress, whatever the command.")
+def main(quiet: bool) -> None:
     """Local Hugging Face models, several times faster and not one token different."""
+    from ..progress import show_progress
+
+    if quiet:
+        show_progress(False)

@@ -153,11 +153,13 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
         TimeRemainingColumn,
     )
 
+    from ..progress import is_animated
+
     console = Console(stderr=True)
     columns = TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     # Redrawing takes processor time from what is measured, so it is rare.
     with Progress(
-        *columns, console=console, disable=not console.is_terminal, refresh_per_second=1, transient=True
+        *columns, console=console, disable=not is_animated(console), refresh_per_second=1, transient=True
     ) as bar:
         task = bar.add_task("answers", total=total)
         yield lambda: bar.advance(task)

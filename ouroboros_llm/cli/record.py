@@ -59,6 +59,7 @@ def record(
 
     from ..bench.prompts import read_prompts
     from ..ouroboros import Ouroboros
+    from ..progress import is_animated
     from ..traces import recorded_ids, write_trace
 
     asked = named(read_prompts(prompts, limit=limit, instruction=instruction), prompts.stem)
@@ -71,7 +72,7 @@ def record(
         made = traces(ouroboros, left, category or prompts.stem, max_new_tokens)
         console = Console(stderr=True)
         with output.open("a", encoding="utf-8") as file:
-            for trace in track(made, "recording", len(left), console=console, disable=not console.is_terminal):
+            for trace in track(made, "recording", len(left), console=console, disable=not is_animated(console)):
                 write_trace(file, trace)
 
 

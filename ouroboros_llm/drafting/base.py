@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ..draft_tree import DraftTree
@@ -41,6 +41,8 @@ class Round:
     """Per node, where the drafter asked for them."""
     read: tuple[tuple[int, Successors], ...] = ()
     """Of a prefill: tokens read before the root, in order, each with its successors."""
+    seconds: float = field(default=0.0, compare=False)
+    """Of the forward pass, and of reading its logits."""
 
     @property
     def accepted(self) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 from ..draft_tree import DraftTree
@@ -154,7 +155,7 @@ class Pass:
     greedy: Greedy | None = None
     """Of a pass without a text whose choices are the target's likeliest tokens."""
     seconds: float = 0.0
-    """What the pass took, where it was made together with others."""
+    """What the pass took; on an accelerator, where it was made alone, until it was handed over."""
 
     @property
     def packer(self) -> Packer | None:
@@ -165,10 +166,10 @@ class Pass:
 
     def make(self) -> torch.Tensor | Walked:
         """Make it alone; what a walk found, where it is greedy and its target can do that, else logits."""
-        walk = getattr(self.target, "walk", None)
-        if self.greedy is None or walk is None:
-            return self.logits()
-        found: torch.Tensor | Walked = walk(self.draft, self.greedy)
+        walk, began = getattr(self.target, "walk", None), perf_counter()
+        found: torch.Tensor | Walked
+        found = self.logits() if self.greedy is None or walk is None else walk(self.draft, self.greedy)
+        self.seconds = perf_counter() - began
         return found
 
     def logits(self) -> torch.Tensor:

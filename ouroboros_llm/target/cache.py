@@ -56,6 +56,11 @@ class RewindableCache(Protocol):
     def nbytes(self) -> int:
         """Bytes of all buffers."""
 
+    @property
+    def token_bytes(self) -> int | None:
+        """Bytes of one token's keys and values, in all layers that have read something; None where states are not kept
+        by position."""
+
 
 _ROOM = 256
 """Slots that buffers grow by at least."""
@@ -216,6 +221,13 @@ class SlotCache:
     def nbytes(self) -> int:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._used)
 
+    @property
+    def token_bytes(self) -> int:
+        # Counted, because configurations have too many ways to say it: grouped queries, layers that share keys, layers
+        # of several kinds, latent attention.
+        states = [part for layer in self._used for part in (layer.keys, layer.values)]
+        return sum(part.nbytes // part.shape[-2] for part in states)
+
     @torch.inference_mode()
     def unload(self, length: int) -> dict[str, torch.Tensor]:
         """The first `length` slots of every layer that has its own: "NUMBER.keys" and "NUMBER.values", [1, heads,
@@ -259,6 +271,7 @@ class LibraryCache:
     """
 
     can_rewind = False
+    token_bytes = None
 
     def __init__(self, config: PreTrainedConfig, known: ForwardStates | None = None) -> None:
         self._config = config

@@ -7,11 +7,12 @@ it see that text and its own ancestors alone. Each text's keys and values stay i
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from ..draft_tree import MAX_WIDTH, DraftTree
 from ..transformers_api import Cache, CacheLayer, complete_layer, rope_of
@@ -44,9 +45,12 @@ def can_pack(config: Any) -> bool:
 class Packer:
     """Decides which passes of one model are made together, by measured times, and makes them."""
 
-    def __init__(self, times: PassTimes, lock: threading.RLock) -> None:
-        """`lock`: lets one pass at a time run on the model."""
-        self.lock, self.times = lock, PackTimes(times)
+    def __init__(
+        self, times: PassTimes, lock: threading.RLock, batches: Callable[[PreTrainedModel], bool] = lambda _: True
+    ) -> None:
+        """`lock`: lets one pass at a time run on the model; `batches`: whether the model takes several texts in a pass,
+        asked before the first such pass."""
+        self.lock, self.times, self._batches = lock, PackTimes(times), batches
         self.members = 1
         """Passes that are made in one at the moment: every draft has to do with that share of it."""
 
@@ -69,6 +73,8 @@ class Packer:
         to hear of that by itself.
         """
         chosen = self._chosen(wanted)
+        if len(chosen) > 1 and not self._takes_several(chosen[0]):
+            chosen = chosen[:1]
         self.members = len(chosen)
         if len(chosen) == 1:
             return {chosen[0]: None}
@@ -102,6 +108,11 @@ class Packer:
         if tokens > MAX_WIDTH:
             _wait_for(logits)
             self.times.add(1, tokens, keys, perf_counter() - began)
+
+    def _takes_several(self, first: Pass) -> bool:
+        target: Any = first.target
+        with self.lock:
+            return self._batches(target.model)
 
     def _chosen(self, wanted: Sequence[Pass]) -> Sequence[Pass]:
         """The first of `wanted` and as many others as promise to save most time, narrow ones first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import exp, log
 
 import numpy as np
@@ -36,11 +37,12 @@ class PassTimes:
     do not look dear beside narrow ones of a fast stretch, and single slow passes hardly count.
     """
 
-    def __init__(self, kind: str, *, padded: bool = False) -> None:
+    def __init__(self, kind: str, *, padded: bool = False, costs: Sequence[float] | None = None) -> None:
         """`kind`: a key of `PRIOR_COSTS`; anything else is taken for an accelerator. `padded`: drafts are filled up to
-        the next of `WIDTHS`, so that all up to there take as long."""
+        the next of `WIDTHS`, so that all up to there take as long. `costs`: those that an earlier process learned."""
         self._padded = padded
-        self._knots = [log(cost) for cost in PRIOR_COSTS.get(kind, PRIOR_COSTS["cuda"])]
+        prior = [log(cost) for cost in PRIOR_COSTS.get(kind, PRIOR_COSTS["cuda"])]
+        self._knots = prior if costs is None else list(costs)
         self._pace: float | None = None
         self._costs = self._table()
 
@@ -67,6 +69,11 @@ class PassTimes:
         """Let the pace follow a pass of another kind that took `exp(surprise)` times what was expected."""
         if self._pace is not None:
             self._pace += _clipped(surprise, _PACE_STEP)
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """Logarithm of the cost of each of `WIDTHS`, as learned until now."""
+        return tuple(self._knots)
 
     @property
     def one(self) -> float | None:

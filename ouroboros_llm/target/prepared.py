@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from time import perf_counter
-from typing import Literal, get_args
+from typing import Any, Final, Literal, get_args
 from weakref import WeakKeyDictionary
 
-import torch
 from transformers import PreTrainedModel
 
+from .. import progress
 from ..draft_tree import DraftTree
 from ..errors import ModelError
 from ..model_facts import context_length_of
+from ..transformers_api import attention_of, check_generates, warn_if_untested
+from . import measurements
 from .base import KeptTarget
 from .eager import EagerTarget, kind_of
+from .measurements import BackendMeasurements, Measurements, key_of
 from .packing import Packer
 from .pass_times import PassTimes
-from .probe import FAILURES, Probe, probe, probe_static
+from .probe import FAILURES, Probe, probe, probe_batching, probe_static
 from .static import StaticForward
 from .stepwise import StepwiseTarget
 
+logger = logging.getLogger(__name__)
+
 Kind = Literal["auto", "eager", "static"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+EAGER: Final = "eager"
+STATIC: Final = "static"
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,14 +105,32 @@ class _Known:
     parts: int
     """What it was made of."""
     fingerprint: str
+    key: str | None
+    """Of its measurements on disk; None where they hold for this very object alone."""
+    measurements: Measurements
     ways: dict[Kind, Way]
     lock: threading.RLock
 
+    def note(self, **found: Any) -> None:
+        """Keep what was found out, with what passes have cost until now."""
+        self.measurements = replace(self.measurements, **found)
+        for kind in (EAGER, STATIC):
+            way, measured = self.ways.get(kind), getattr(self.measurements, kind)
+            if way is not None and measured is not None and way.missed is None:
+                costs = replace(measured, costs=way.pass_times.costs)
+                self.measurements = replace(self.measurements, **{kind: costs})
+        if self.key is not None:
+            measurements.keep(self.key, self.measurements)
+
+    def batches(self, model: PreTrainedModel) -> bool:
+        """Whether one pass can be made over several texts, found out the first time."""
+        if self.measurements.batches is None:
+            with progress.step("checking passes over several texts, once", quiet=True):
+                self.note(batches=probe_batching(model))
+        return bool(self.measurements.batches)
+
 
 _known: WeakKeyDictionary[PreTrainedModel, _Known] = WeakKeyDictionary()
-
-_times: dict[tuple[object, ...], PassTimes] = {}
-"""By model, device, dtype, threads and way: what was measured holds for a copy that is loaded later."""
 
 _preparing = threading.Lock()
 
@@ -120,11 +146,18 @@ _RACES = 5
 _RACED = (1, 8)
 """Widths of the passes in a race."""
 
+_TIMED = (2, 1, 2, 1, 2)
+"""Widths of the passes that are timed before the first answer, after those of the probe."""
+
 
 def prepare(model: PreTrainedModel, kind: Kind = "auto") -> PreparedModel:
-    """What is known of `model`, run in a way of this kind or, where it cannot be, by the library's own forward.
+    """Find out what `model` can verify, run in a way of this kind or, where it cannot be, by the library's own forward.
 
-    Probes and measures the first time. Raises ModelError if it is no causal language model.
+    What is known of it on this machine is found again; else it is probed, by some fifteen passes. Whether several texts
+    fit in a pass and whether passes of fixed shape are faster is left for later (`measure`).
+
+    Raises:
+        ModelError: it is no causal language model. LibraryVersionError: the library does not say how to run it.
     """
     with _preparing:
         known = _known_of(model)
@@ -134,26 +167,84 @@ def prepare(model: PreTrainedModel, kind: Kind = "auto") -> PreparedModel:
         return PreparedModel(model, known.lock, known.fingerprint, known.ways[kind])
 
 
+def measure(model: PreTrainedModel, *, races: bool = True) -> Iterator[None]:
+    """Find out, a few passes at a time, what `prepare` left for later: which way is faster, for whoever prepares this
+    model next. Also keeps what passes have cost until now. `races`: whether it is open which way is taken."""
+    known = _known.get(model)
+    if known is None:
+        return
+    if races and _is_raced(model, known):
+        with known.lock:
+            static = _way_of("static", model, known)
+        yield
+        # What is raced with is no traffic that passes in company could be judged by.
+        racers = [_target(model, replace(way, packer=None)) for way in (static, known.ways["eager"])]
+        won = static.static is not None
+        races = 0
+        while won and races < _RACES:
+            with known.lock:
+                won = _wins(*racers)
+            races += 1
+            yield
+        known.note(static_wins=won)
+        known.ways.pop("auto", None)
+        logger.info("passes of fixed shape are %s for %s", "faster" if won else "no faster", type(model).__name__)
+    known.note()
+
+
+def keep_measurements(model: PreTrainedModel) -> None:
+    """Keep what passes of a prepared model have cost until now for the next process."""
+    if (known := _known.get(model)) is not None:
+        known.note()
+
+
 def _known_of(model: PreTrainedModel) -> _Known:
     """With what the library's own forward can do, at least."""
-    state = (model.device, model.dtype, model.config.get_text_config(decoder=True)._attn_implementation)
+    state = (model.device, model.dtype, attention_of(model.config.get_text_config(decoder=True)))
     # Whoever adapts layers or resizes embeddings puts other modules in their places, which a twin does not see.
     parts = hash(tuple(map(id, model.modules())))
     if model not in _known or (_known[model].state, _known[model].parts) != (state, parts):
-        StepwiseTarget(model)  # refuses what no target can run
+        check_generates(model)  # refuses what no target can run
+        warn_if_untested()
         model.train(False)
-        found, lock = probe(model), threading.RLock()
-        known = _Known(state, parts, fingerprint(model), {}, lock)
-        times = _times_of(model, known, "eager")
-        known.ways["eager"] = Way(found, times, Packer(times, lock) if found.packs else None)
-        if found.branching != "none":
-            _time(_target(model, known.ways["eager"]))
+        weights = fingerprint(model)
+        key = key_of(model, weights)
+        found = None if key is None else measurements.find(key)
+        times = PassTimes(kind_of(model), costs=found.eager.costs if found else None)
+        known = _Known(state, parts, weights, key, found or _measured(model, times), {}, threading.RLock())
+        known.ways["eager"] = _way(model, known, "eager", times)
+        if found is None:
+            known.note()
         _known[model] = known
     return _known[model]
 
 
+def _measured(model: PreTrainedModel, times: PassTimes) -> Measurements:
+    """Probe a model that nothing is known of; `times` takes note of the passes."""
+    name = type(model).__name__
+    with progress.step(f"checking which drafts {name} verifies, once", quiet=True):
+        found = probe(model, times)
+        if found.branching != "none":
+            _time(EagerTarget(model, found.branching, times))
+    logger.info("%s verifies %s", name, {"tree": "trees", "chain": "chains", "none": "no drafts"}[found.branching])
+    return Measurements(BackendMeasurements(found, times.costs))
+
+
+def _way(model: PreTrainedModel, known: _Known, kind: Literal["eager", "static"], times: PassTimes) -> Way:
+    """The way of a kind that was measured."""
+    measured = known.measurements.static if kind == "static" else known.measurements.eager
+    assert measured is not None
+    trees = measured.probe.branching == "tree"
+    packer = Packer(times, known.lock, known.batches) if trees and known.measurements.batches is not False else None
+    return Way(measured.probe, times, packer, StaticForward(model) if kind == "static" else None)
+
+
 def _static(model: PreTrainedModel, known: _Known) -> Way:
     """Passes of fixed shape, or the library's own where these are wrong."""
+    if known.measurements.static is not None:
+        return _way(
+            model, known, "static", PassTimes(kind_of(model), padded=True, costs=known.measurements.static.costs)
+        )
     eager = known.ways["eager"]
     try:
         if eager.probe.branching != "tree":
@@ -162,39 +253,46 @@ def _static(model: PreTrainedModel, known: _Known) -> Way:
         found = probe_static(model, static, eager.probe)
     except (ModelError, *FAILURES) as error:
         return replace(eager, missed=str(error))
-    times = _times_of(model, known, "static")
-    way = Way(found, times, Packer(times, known.lock) if found.packs else None, static)
-    _time(_target(model, way))
-    return way
+    times = PassTimes(kind_of(model), padded=True)
+    _time(EagerTarget(model, "tree", times, static=static))
+    known.ways["static"] = Way(found, times, Packer(times, known.lock, known.batches), static)
+    known.note(static=BackendMeasurements(found, times.costs))
+    return known.ways["static"]
+
+
+def _way_of(kind: Kind, model: PreTrainedModel, known: _Known) -> Way:
+    if kind not in known.ways:
+        known.ways[kind] = _static(model, known)
+    return known.ways[kind]
 
 
 def _faster(model: PreTrainedModel, known: _Known) -> Way:
-    """The way that takes less time: on an accelerator that of fixed shape, which can be replayed."""
-    eager = known.ways["eager"]
+    """The way that takes less time: on an accelerator that of fixed shape, which can be replayed; on a CPU that which
+    won the race, if there was one."""
+    if model.device.type != "cpu" or known.measurements.static_wins:
+        return _way_of("static", model, known)
+    return known.ways["eager"]
+
+
+def _is_raced(model: PreTrainedModel, known: _Known) -> bool:
+    """Whether it is open which way is faster, and worth knowing."""
+    eager, seen = known.ways["eager"], known.measurements.static_wins
     one = eager.pass_times.one
-    if model.device.type == "cpu" and (one is None or one > _LONG or eager.probe.branching != "tree"):
-        return eager
-    if "static" not in known.ways:
-        known.ways["static"] = _static(model, known)
-    static = known.ways["static"]
-    if model.device.type != "cpu":
-        return static
-    # What is raced with is no traffic that passes in company could be judged by.
-    racers = (_target(model, replace(way, packer=None)) for way in (static, eager))
-    return static if static.static and _wins(*racers) else eager
+    return model.device.type == "cpu" and seen is None and eager.probe.branching == "tree" and (one or _LONG) < _LONG
 
 
 def _wins(one: EagerTarget, other: EagerTarget) -> bool:
-    """Whether passes of `one` are faster than those of `other` every time that they run one after the other."""
+    """Whether passes of `one` are clearly faster than those of `other`, right before them."""
     context = (context_length_of(one.model.config) or 256) - max(_RACED)
     for target in (one, other):
-        target.prefill((1,) * max(1, min(128, context)))
-        target.keep((0,))
-    return all(_seconds(one) < 0.95 * _seconds(other) for _ in range(_RACES))
+        if not target.token_ids:
+            target.prefill((1,) * max(1, min(128, context)))
+            target.keep((0,))
+    return _seconds(one) < 0.95 * _seconds(other)
 
 
 def _seconds(target: EagerTarget) -> float:
-    """Of passes over one token and over a few, which are forgotten."""
+    """Time passes over one token and over a few, which are forgotten."""
     length, began = len(target.token_ids), perf_counter()
     for width in _RACED:
         target.verify(DraftTree.chain((1,) * width))
@@ -204,11 +302,6 @@ def _seconds(target: EagerTarget) -> float:
 
 def _target(model: PreTrainedModel, way: Way, *, marks: bool = False) -> EagerTarget:
     return EagerTarget(model, way.probe.branching, way.pass_times, marks=marks, packer=way.packer, static=way.static)
-
-
-def _times_of(model: PreTrainedModel, known: _Known, kind: Kind) -> PassTimes:
-    key = (known.fingerprint, str(known.state), torch.get_num_threads(), kind)
-    return _times.setdefault(key, PassTimes(kind_of(model), padded=kind == "static"))
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -235,9 +328,8 @@ def _time(target: EagerTarget) -> None:
     """Measure narrow passes, which all widths are compared with: a decoder that drafts well would seldom run them."""
     target.prefill((1,))
     target.keep((0,))
-    for _ in range(4):
-        for width in (1, 2):
-            # To read a number is to wait for the pass: only what is over is counted.
-            target.verify(DraftTree.chain((1,) * width))[0, 0].item()
-            target.keep((0,))
+    for width in _TIMED:
+        # To read a number is to wait for the pass: only what is over is counted.
+        target.verify(DraftTree.chain((1,) * width))[0, 0].item()
+        target.keep((0,))
     target.rewind(0)

@@ -1,4 +1,4 @@
-"""Finds out, by running it, what drafts a model verifies correctly."""
+"""Probes a model by running it: which drafts it verifies rightly, and whether it takes several texts in a pass."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -32,55 +33,88 @@ FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, Attribute
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a model can verify, and how much its logits depend on the shape of a pass."""
+    """The drafts that a model can verify, and how much its logits depend on the shape of a pass."""
 
     branching: Branching
     margin: float
     """Two logits closer than this may change places between a wide pass and a pass over one token."""
     continues: bool = True
     """Whether a pass over many tokens goes on from the state of a text rightly."""
-    packs: bool = False
-    """Whether one pass can be made over several texts."""
+    token_bytes: int | None = None
+    """Bytes of one token's keys and values, in all layers; None where the model keeps other states."""
 
 
-def probe(model: PreTrainedModel) -> Probe:
+def probe(model: PreTrainedModel, times: PassTimes | None = None) -> Probe:
     """Compare a pass over a small draft, committed tokens behind it, with passes over one token each.
 
     Args:
-        model: any causal language model of the library. A few passes over at most eight tokens are run.
+        model: any causal language model of the library. At most twenty passes are run, eight where it takes trees.
+        times: takes note of what the passes over drafts and single tokens took.
     """
-    if not forward_signature(model).takes_cache:
+    if not forward_signature(model).takes_cache or not _can_drop(model):
         return _undrafted(model)
-    if not _can_drop(model):
+    plain = EagerTarget(model, "none", times)
+    try:
+        alone = _step_by_step(_read(plain), _tokens(model, _TREE.main_chain().token_ids))
+    except FAILURES:
         return _undrafted(model)
     kinds: tuple[Branching, ...] = ("tree", "chain") if _takes_trees(model) else ("chain",)
     for branching in kinds:
         draft = _TREE if branching == "tree" else _TREE.main_chain()
-        error, near, scale = _errors(draft, partial(EagerTarget, model, branching), partial(EagerTarget, model, "none"))
-        if error <= scale * _tolerance(model):
-            return Probe(branching, 2 * near, packs=branching == "tree" and _packs(model, scale))
+        error, near = _errors(_drafted(draft, partial(EagerTarget, model, branching, times)), alone)
+        if error <= _tolerance(model, alone):
+            return Probe(branching, 2 * near, token_bytes=plain.cache.token_bytes)
     return _undrafted(model)
 
 
 def probe_static(model: PreTrainedModel, static: StaticForward, found: Probe) -> Probe:
-    """What `found`, of a model that verifies trees, becomes where passes are of fixed shape.
+    """The same of a model whose drafts are verified in passes of fixed shape, as `found` says of its own passes.
 
     Raises:
         ModelError: these passes give other logits than the model's own, or none. The message says what is wrong with
             the model, as a clause.
     """
+    chain = _tokens(model, _TREE.main_chain().token_ids)
     start = partial(EagerTarget, model, "tree", static=static)
-    error, _, scale = _errors(_TREE, start, partial(EagerTarget, model, "none"))
-    if error > scale * _tolerance(model):
-        raise ModelError(_reason(start) or f"its logits are off by {error:.2g} of {scale:.2g}")
-    _, near, _ = _errors(_TREE, start, start)
+    drafted, alone = _drafted(_TREE, start), _step_by_step(_read(EagerTarget(model, "none")), chain)
+    error, _ = _errors(drafted, alone)
+    if error > _tolerance(model, alone):
+        raise ModelError(_reason(start) or f"its logits are off by {error:.2g} of {float(alone.abs().max()):.2g}")
+    _, near = _errors(drafted, _step_by_step(_read(start()), chain))
     return replace(found, margin=2 * near)
+
+
+def probe_batching(model: PreTrainedModel) -> bool:
+    """Whether one pass over several texts gives what passes over each alone do, whatever the other texts are.
+
+    Some fifteen passes over at most 24 tokens a text are run.
+    """
+    if not can_pack(model.config.get_text_config(decoder=True)):
+        return False
+    try:
+        together = _texts(model)
+        alone, company = _forked(together), _forked(together)
+        company[1] = _short(model, others=7)
+        company[2] = _prompt(model, others=7)
+        found = [_in_one(together), _in_one(together)]
+        wanted = [_each(alone), _each(alone)]
+        beside = _in_one(company)
+    except FAILURES:
+        return False
+    # Of random text, half precision rounds single nodes to something else altogether; a wrong mask spoils most nodes.
+    typical = torch.amax if model.dtype in (torch.float32, torch.float64) else torch.median
+    right = max(float(typical(_largest(one, other))) for one, other in zip(found, wanted, strict=True))
+    # The first and the last text are the same in other company, where the same kernels round them alike.
+    same = [slice(0, _TREE.width), slice(-_TREE.width, None)]
+    apart = max(float(typical(_largest(found[0][rows], beside[rows]))) for rows in same)
+    tolerance = _tolerance(model, torch.cat(wanted))
+    return right <= tolerance and apart <= tolerance / 10
 
 
 def _reason(start: Callable[[], EagerTarget]) -> str | None:
     """Why a pass over a draft fails, if it does."""
     try:
-        target = _read(start)
+        target = _read(start())
         target.verify(DraftTree.root(target.token_ids[-1]))
     except FAILURES as error:
         return str(error)
@@ -88,7 +122,7 @@ def _reason(start: Callable[[], EagerTarget]) -> str | None:
 
 
 def _undrafted(model: PreTrainedModel) -> Probe:
-    """What is known of a model that is run one token a pass: whether a second prompt may go on behind a first."""
+    """Find out of a model that is run one token a pass whether a second prompt may go on behind a first."""
     text = _tokens(model, _LONG)
     try:
         target = StepwiseTarget(model, continues=True)
@@ -99,12 +133,12 @@ def _undrafted(model: PreTrainedModel) -> Probe:
     except FAILURES:
         return Probe("none", 0.0, continues=False)
     error = float((continued - plain).abs().nan_to_num(float("inf")).max())
-    return Probe("none", 0.0, continues=error <= float(plain.abs().max()) * _tolerance(model))
+    return Probe("none", 0.0, continues=error <= _tolerance(model, plain))
 
 
-def _tolerance(model: PreTrainedModel) -> float:
+def _tolerance(model: PreTrainedModel, logits: torch.Tensor) -> float:
     """A wrong mask or state is off by the size of the logits themselves; rounding by its precision."""
-    return 1e-3 if model.dtype in (torch.float32, torch.float64) else 1e-1
+    return float(logits.abs().max()) * (1e-3 if model.dtype in (torch.float32, torch.float64) else 1e-1)
 
 
 def _takes_trees(model: PreTrainedModel) -> bool:
@@ -122,48 +156,30 @@ def _can_drop(model: PreTrainedModel) -> bool:
     return target.cache.can_drop
 
 
-def _errors(
-    draft: DraftTree, start: Callable[[], EagerTarget], plain: Callable[[], EagerTarget]
-) -> tuple[float, float, float]:
-    """The largest difference drafting makes to a logit (infinite where a pass fails), the largest to one of the
-    likeliest eight, and the largest logit; compared with passes of a `plain` target over one token each."""
-    draft = replace(draft, token_ids=tuple(_tokens(start().model, draft.token_ids)))
-    leaf = draft.width - 1
-    path = draft.path_to(leaf)
+def _drafted(draft: DraftTree, start: Callable[[], EagerTarget]) -> torch.Tensor | None:
+    """Logits after the nodes on the path to the last one of `draft`, verified in one pass, and after one token more,
+    which stands again for the third of them; None where a pass fails."""
+    path = draft.path_to(draft.width - 1)
     try:
-        drafted = _read(start)
-        wide = drafted.verify(draft)[list(path)]
+        target = _read(start())
+        draft = replace(draft, token_ids=tuple(_tokens(target.model, draft.token_ids)))
+        wide = target.verify(draft)[list(path)].clone()
         # Committing a part of the path and stepping on shows whether what was dropped is really gone.
-        drafted.keep(path[:2])
-        # Logits are there until the next pass.
-        after = drafted.verify(DraftTree.root(draft.token_ids[path[2]])).clone()
+        target.keep(path[:2])
+        return torch.cat([wide, target.verify(DraftTree.root(draft.token_ids[path[2]]))])
     except FAILURES:
-        return float("inf"), 0.0, 0.0
-    alone = torch.cat(_step_by_step(plain, [draft.token_ids[node] for node in path]))
-    differences = (torch.cat([wide, after]) - torch.cat([alone, alone[2:3]])).abs().nan_to_num(float("inf"))
-    likeliest = torch.cat([alone, alone[2:3]]).topk(min(8, alone.shape[-1])).indices
-    near = differences.gather(-1, likeliest).max()
-    return float(differences.max()), float(near), float(alone.abs().max())
+        return None
 
 
-def _packs(model: PreTrainedModel, scale: float) -> bool:
-    """Whether a pass over several texts gives what passes over each alone do, whatever the other texts are."""
-    if not can_pack(model.config.get_text_config(decoder=True)):
-        return False
-    try:
-        together, alone = _texts(model), _texts(model)
-        found = [_in_one(together), _in_one(together)]
-        wanted = [_each(alone), _each(alone)]
-        company = _in_one(_texts(model, others=7))
-    except FAILURES:
-        return False
-    # Of random text, half precision rounds single nodes to something else altogether; a wrong mask spoils most nodes.
-    typical = torch.amax if model.dtype in (torch.float32, torch.float64) else torch.median
-    right = max(float(typical(_largest(one, other))) for one, other in zip(found, wanted, strict=True))
-    # The first and the last text are the same in other company, where the same kernels round them alike.
-    same = [slice(0, _TREE.width), slice(-_TREE.width, None)]
-    apart = max(float(typical(_largest(found[0][rows], company[rows]))) for rows in same)
-    return right <= scale * _tolerance(model) and apart <= scale * _tolerance(model) / 10
+def _errors(drafted: torch.Tensor | None, alone: torch.Tensor) -> tuple[float, float]:
+    """The largest difference that drafting makes to a logit (infinite where a pass failed), and the largest to one of
+    the likeliest eight. `alone`: the logits of a path one token at a time."""
+    if drafted is None:
+        return float("inf"), 0.0
+    alone = torch.cat([alone, alone[2:3]])
+    differences = (drafted - alone).abs().nan_to_num(float("inf"))
+    likeliest = alone.topk(min(8, alone.shape[-1])).indices
+    return float(differences.max()), float(differences.gather(-1, likeliest).max())
 
 
 def _largest(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -186,28 +202,51 @@ def _kept(passes: list[Pass], logits: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(logits).float()
 
 
-def _texts(model: PreTrainedModel, others: int = 0) -> list[Pass]:
-    """Passes over a tree, over one token, over a prompt and over a tree; `others` changes the texts in between."""
+def _texts(model: PreTrainedModel) -> list[Pass]:
+    """Passes over a tree, over one token, over a prompt and over a tree."""
     tree = replace(_TREE, token_ids=tuple(_tokens(model, _TREE.token_ids)))
     start = partial(EagerTarget, model, "tree")
-    first, last = _read(start), _read(start, _TEXT[::-1])
-    between = _tokens(model, tuple(token_id + others for token_id in _LONG[:24]))
-    short, root = _read(start, tuple(between[:11])), DraftTree.root(between[-1])
-    prompt = Pass(start(), root, between, 3)
-    return [Pass(first, tree), Pass(short, root), prompt, Pass(last, tree)]
+    return [
+        Pass(_read(start()), tree),
+        _short(model),
+        _prompt(model),
+        Pass(_read(start(), _TEXT[::-1]), tree),
+    ]
 
 
-def _step_by_step(start: Callable[[], EagerTarget], token_ids: list[int]) -> list[torch.Tensor]:
-    target = _read(start)
+def _short(model: PreTrainedModel, others: int = 0) -> Pass:
+    between = _between(model, others)
+    return Pass(_read(EagerTarget(model, "tree"), tuple(between[:11])), DraftTree.root(between[-1]))
+
+
+def _prompt(model: PreTrainedModel, others: int = 0) -> Pass:
+    between = _between(model, others)
+    return Pass(EagerTarget(model, "tree"), DraftTree.root(between[-1]), between, 3)
+
+
+def _between(model: PreTrainedModel, others: int) -> list[int]:
+    return _tokens(model, tuple(token_id + others for token_id in _LONG[:24]))
+
+
+def _forked(passes: list[Pass]) -> list[Pass]:
+    """The same passes over texts of their own, which need not be read again."""
+    copies = []
+    for one in passes:
+        target: Any = one.target
+        copies.append(replace(one, target=target.fork(len(target.token_ids))))
+    return copies
+
+
+def _step_by_step(target: EagerTarget, token_ids: list[int]) -> torch.Tensor:
+    """Logits [tokens, vocabulary] after each of them, by a pass each."""
     logits = []
     for token_id in token_ids:
         logits.append(target.verify(DraftTree.root(token_id)).clone())
         target.keep((0,))
-    return logits
+    return torch.cat(logits)
 
 
-def _read(start: Callable[[], EagerTarget], text: tuple[int, ...] = _TEXT) -> EagerTarget:
-    target = start()
+def _read(target: EagerTarget, text: tuple[int, ...] = _TEXT) -> EagerTarget:
     target.prefill(_tokens(target.model, text))
     target.keep((0,))
     return target
