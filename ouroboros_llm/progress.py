@@ -35,9 +35,9 @@ def is_shown() -> bool:
     return os.environ.get("OUROBOROS_PROGRESS", "1").lower() not in ("0", "false", "no", "off")
 
 
-def is_animated(where: Console = console) -> bool:
-    """Whether bars and spinners are shown: on a terminal that somebody looks at."""
-    return is_shown() and where.is_terminal
+def is_animated(where: Console | None = None) -> bool:
+    """Whether bars and spinners are shown there, or where progress is: on a terminal that somebody looks at."""
+    return is_shown() and (where or console).is_terminal
 
 
 def say(text: str) -> None:

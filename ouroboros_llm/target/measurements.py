@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from pathlib import Path
@@ -91,7 +92,8 @@ def keep(key: str, measurements: Measurements) -> None:
         os.replace(draft, path)
     except OSError as error:
         logger.info("measurements cannot be kept in %s (%s)", path.parent, error.strerror)
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def _path(key: str) -> Path:

@@ -179,12 +179,12 @@ def measure(model: PreTrainedModel, *, races: bool = True) -> Iterator[None]:
         yield
         # What is raced with is no traffic that passes in company could be judged by.
         racers = [_target(model, replace(way, packer=None)) for way in (static, known.ways["eager"])]
-        won = static.static is not None
-        races = 0
-        while won and races < _RACES:
+        won = bool(static.static)
+        raced = 0
+        while won and raced < _RACES:
             with known.lock:
                 won = _wins(*racers)
-            races += 1
+            raced += 1
             yield
         known.note(static_wins=won)
         known.ways.pop("auto", None)
