@@ -81,10 +81,11 @@ def no_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture(autouse=True)
-def measurements_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def measurements_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Measurements of tiny models are left to no other test, which may change what they are made with."""
-    monkeypatch.setattr(measurements, "cache_folder", lambda: tmp_path)
-    return tmp_path / "measurements"
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(measurements, "cache_folder", lambda: folder)
+    return folder / "measurements"
 
 
 CHAT_TEMPLATE = (

@@ -224,6 +224,11 @@ def test_usage_and_metadata_of_a_message(scripted: Scripted) -> None:
             "accepted_by_source": {"phrases": 5},
             "mean_acceptance_length": 2.25,
             "seconds": 0.25,
+            "prefill_seconds": 0.0,
+            "model_seconds": 0.0,
+            "wait_seconds": 0.0,
+            "load_seconds": 0.0,
+            "tokens_per_second": 36.0,
         },
     }
 

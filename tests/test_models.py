@@ -20,7 +20,16 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from platformdirs import user_cache_path
 from rich.console import Console
 
-from ouroboros_llm import ModelDownloadError, ModelError, OptionError, Ouroboros, UnknownModelError, models, packaged
+from ouroboros_llm import (
+    ModelDownloadError,
+    ModelError,
+    OptionError,
+    Ouroboros,
+    UnknownModelError,
+    models,
+    packaged,
+    progress,
+)
 from ouroboros_llm.packaged import PackagedModel
 
 PARTS = (b"first half, ", b"second half")
@@ -43,8 +52,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What is shown where stderr is no terminal."""
-    monkeypatch.setattr(packaged.console, "file", io.StringIO())
-    return packaged.console.file
+    monkeypatch.setattr(progress.console, "file", io.StringIO())
+    return progress.console.file
 
 
 @pytest.fixture
@@ -120,7 +129,7 @@ def test_progress_is_lines_or_a_bar(
     models.resolve("tiny")
     assert "part 1 of 2" in said.getvalue() and "part 2 of 2" in said.getvalue() and "\x1b" not in said.getvalue()
     terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
-    monkeypatch.setattr(packaged, "console", terminal)
+    monkeypatch.setattr(progress, "console", terminal)
     monkeypatch.setenv("OUROBOROS_CACHE", str(tmp_path / "other"))
     models.resolve("tiny")
     shown = terminal.file.getvalue()

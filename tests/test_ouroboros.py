@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SPECIAL_TOKENS, byte_tokenizer, plain, tiny_model
+from conftest import SPECIAL_TOKENS, byte_tokenizer, own_model, plain, tiny_model
 from transformers import PreTrainedTokenizerFast
 
 from ouroboros_llm import (
@@ -50,6 +50,38 @@ def test_results_say_what_happened(tiny_ouroboros: Ouroboros) -> None:
     assert statistics.accepted_tokens + statistics.target_forwards >= 40
     assert statistics.mean_acceptance_length == 40 / statistics.target_forwards
     assert statistics.seconds > 0
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, PROMPT * 40], ids=["short", "in chunks"])
+def test_times_are_parts_of_each_other(prompt: str) -> None:
+    ouroboros = Ouroboros(own_model(context=2048), byte_tokenizer())
+    first, second = (ouroboros.generate(prompt, scope=scope, options=OPTIONS).statistics for scope in "ab")
+    for times in (first, second):
+        assert 0 < times.prefill_seconds < times.model_seconds <= times.seconds and times.wait_seconds >= 0
+        assert times.tokens_per_second == 40 / times.seconds
+    assert first.load_seconds == ouroboros.load_seconds > 0 and second.load_seconds == 0
+    ouroboros.close()
+
+
+def test_who_waits_behind_another_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that goes on by a second with every step: the second request waits for all steps of the first."""
+    now = 0.0
+
+    def monotonic() -> float:
+        return now
+
+    monkeypatch.setattr("ouroboros_llm.request.monotonic", monotonic)
+    with Ouroboros(own_model(), byte_tokenizer(), max_active=1) as ouroboros:
+        step = ouroboros._worker._step
+
+        def counted(*args: Any, **named: Any) -> None:
+            nonlocal now
+            now += 1.0
+            step(*args, **named)
+
+        monkeypatch.setattr(ouroboros._worker, "_step", counted)
+        first, second = ouroboros.batch([PROMPT, PROMPT], scope=["a", "b"], options=OPTIONS)
+        assert second.statistics.wait_seconds > first.statistics.wait_seconds + first.statistics.rounds
 
 
 def test_origins_are_as_many_as_tokens(tiny_ouroboros: Ouroboros) -> None:

@@ -115,6 +115,11 @@ class OuroborosModel(OuroborosFields):
                 "accepted_by_source": dict(statistics.accepted_by_source),
                 "mean_acceptance_length": statistics.mean_acceptance_length,
                 "seconds": statistics.seconds,
+                "prefill_seconds": statistics.prefill_seconds,
+                "model_seconds": statistics.model_seconds,
+                "wait_seconds": statistics.wait_seconds,
+                "load_seconds": statistics.load_seconds,
+                "tokens_per_second": statistics.tokens_per_second,
             },
         }
 

@@ -130,5 +130,6 @@ def _statistics(result: GenerationResult) -> dict[str, Any]:
     names = [field.name for field in fields(result.statistics) if field.name != "origins"]
     numbers = {name: getattr(result.statistics, name) for name in names}
     numbers["accepted_by_source"] = dict(result.statistics.accepted_by_source)
-    numbers["mean_acceptance_length"] = result.statistics.mean_acceptance_length
+    for name in ("mean_acceptance_length", "tokens_per_second"):
+        numbers[name] = getattr(result.statistics, name)
     return numbers
