@@ -202,6 +202,11 @@ def takes_one_argument(module: torch.nn.Module) -> bool:
     return len(needed) == 2
 
 
+def forward_of(module: torch.nn.Module) -> Any:
+    """The forward of a module's class, without the decorators that take arguments under their old names."""
+    return inspect.unwrap(type(module).forward)
+
+
 def is_rotary(function: Any) -> bool:
     """Whether a function is one that rotates queries and keys: q, k, cos and sin come first."""
     return isinstance(function, FunctionType) and (*inspect.signature(function).parameters,)[:4] == _ROTARY

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..transformers_api import is_rotary, takes_one_argument
+from ..transformers_api import forward_of, is_rotary, takes_one_argument
 from .operations import ACTIVATIONS, Activation, Operations, Plain
 
 _NORMS = ((0.0, True), (0.0, False), (1.0, False))
@@ -157,7 +157,7 @@ def _activation(module: nn.Module, like: torch.Tensor, random: torch.Generator) 
 
 def _rotation(module: nn.Module, operations: Operations, random: torch.Generator) -> Forward | None:
     """The forward of a module whose code names a function that turns query and key, with another in its place."""
-    forward: Any = type(module).forward
+    forward = forward_of(module)
     like = next((weight for weight in module.parameters() if weight.is_floating_point()), None)
     if like is None or not isinstance(forward, FunctionType):
         return None
