@@ -1,17 +1,34 @@
-# Everything runs in .venv, which `make setup` builds from nothing but Python 3.11+, pip and the package index.
+# Everything runs in .venv, which `make setup` builds from nothing but Python 3.11+, pip and the package index, in the
+# versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+UV_VENV := .venv-uv
+UV := $(UV_VENV)/bin/uv
+UV_VERSION := 0.13.9
 
-.PHONY: setup demo test test-postgres test-faults test-model lint check format bench clean
+.PHONY: setup lock demo test test-postgres test-faults test-model lint check format bench clean
 
 setup: $(STAMP)
 
+# pip first: an older one knows no constraints of the packages that build ours. What was installed is kept in the stamp.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip list --format freeze --exclude-editable > $@.new
+	mv $@.new $@
+
+# The newest of everything that pyproject.toml and constraints.in admit, for every Python and system that we support.
+lock: $(UV)
+	$(UV) pip compile --quiet --no-config --universal --python-version 3.11 --upgrade --extra dev \
+		--custom-compile-command "make lock" --annotation-style line --output-file constraints.txt \
+		pyproject.toml constraints.in
+
+$(UV): Makefile
+	$(PYTHON) -m venv $(UV_VENV)
+	$(UV_VENV)/bin/python -m pip install --quiet uv==$(UV_VERSION)
 	touch $@
 
 demo: setup
@@ -48,4 +65,4 @@ bench: setup
 	$(BIN)/ouroboros bench --prompts $(PROMPTS)
 
 clean:
-	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-uv dist .mypy_cache .ruff_cache .pytest_cache

@@ -68,7 +68,10 @@ def model(request: pytest.FixtureRequest) -> Iterator[ChatOuroboros]:
         yield ChatOuroboros(ouroboros=ouroboros, max_tokens=160)
 
 
-@pytest.mark.parametrize("tool", [add, Weather, Joke, SEARCH, Booking, Tree], ids=str)
+TOOLS = {"function": add, "model": Weather, "typed": Joke, "schema": SEARCH, "nested": Booking, "recursive": Tree}
+
+
+@pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
 async def test_a_forced_call_is_one(model: ChatOuroboros, tool: Any) -> None:
     bound: Any = model.bind_tools([tool], tool_choice="any")
     schema = bound.kwargs["tools"][0]["function"]
