@@ -8,7 +8,17 @@ UV_VENV := .venv-uv
 UV := $(UV_VENV)/bin/uv
 UV_VERSION := 0.13.9
 
-.PHONY: setup lock demo test test-postgres test-faults test-model lint check format bench clean
+# What the versions of our dependencies could break: the same tokens, the targets, the adapters, the store.
+END_SUITES := $(addprefix tests/test_,exactness.py generation.py targets.py transformers_api.py measurements.py static.py \
+	fusing.py packing.py sampling.py grammar.py sessions.py quantization.py langchain.py langchain_tools.py \
+	langchain_standard.py llama_index.py llama_index_tools.py llama_index_standard.py llama_index_engines.py \
+	pool_contract.py storage.py upkeep.py schemas.py)
+# The oracle and the adapters, on tiny models.
+SHORT_SUITES := $(addprefix tests/test_,exactness.py generation.py targets.py transformers_api.py langchain.py \
+	langchain_tools.py llama_index.py llama_index_tools.py)
+
+.PHONY: setup lock demo test test-all test-oldest test-newest test-ends test-postgres test-faults test-model \
+	wheel lint check format bench clean
 
 setup: $(STAMP)
 
@@ -34,8 +44,25 @@ $(UV): Makefile
 demo: setup
 	$(BIN)/python examples/quickstart.py
 
+# Two processes, as many as small machines have cores. What is left out is named at the end.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The lowest versions that pyproject.toml admits; the newest that the index has, also beyond its bounds.
+test-oldest test-newest: test-%: setup $(UV)
+	$(BIN)/python scripts/test_end $* -n 2 --dist worksteal $(END_SUITES)
+
+# A short form of both. torch is the lock's, which spares gigabytes: its own ends are for the two above.
+test-ends: setup $(UV)
+	$(BIN)/python scripts/test_end oldest --torch locked -n 2 --dist worksteal $(SHORT_SUITES)
+	$(BIN)/python scripts/test_end newest --torch locked -n 2 --dist worksteal $(SHORT_SUITES)
+
+# The wheel and the sdist, installed into empty environments and tried.
+wheel: setup
+	$(BIN)/python scripts/check_wheel
 
 # Both of these bring a PostgreSQL of their own: scripts/with_postgres installs and starts one, and leaves nothing of it.
 test-postgres: setup
@@ -65,4 +92,4 @@ bench: setup
 	$(BIN)/ouroboros bench --prompts $(PROMPTS)
 
 clean:
-	rm -rf $(VENV) .venv-uv dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-uv .venv-oldest .venv-newest dist .mypy_cache .ruff_cache .pytest_cache

@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 
 from databases import POSTGRES, administer, needs_postgres
 from hypothesis import HealthCheck, settings
+from left_out import pytest_deselected, pytest_sessionfinish, pytest_terminal_summary, pytest_testnodedown
 from sqlalchemy import make_url
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -56,6 +57,8 @@ from ouroboros_llm.target.packing import Packer
 from ouroboros_llm.target.prepared import fingerprint
 from ouroboros_llm.worker import worker_of
 from ouroboros_storage import database, sqlite_file
+
+__all__ = ["pytest_deselected", "pytest_sessionfinish", "pytest_terminal_summary", "pytest_testnodedown"]  # hooks
 
 # Ctrl-C is ignored, here and in what tests start, where a shell has put the tests into the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -153,7 +156,10 @@ MORE_ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "llama4_chunked": lambda: Llama4TextConfig(
         **_SIZES, attention_chunk_size=16, num_local_experts=2, intermediate_size_mlp=48
     ),
-    "gemma2_softcap": lambda: Gemma2Config(**_SIZES, sliding_window=12, attn_logit_softcapping=2.0),
+    # Eager attention: until 5.23 the library let it default to SDPA, which leaves soft caps out.
+    "gemma2_softcap": lambda: Gemma2Config(
+        **_SIZES, sliding_window=12, attn_logit_softcapping=2.0, attn_implementation="eager"
+    ),
     # Both compute attention by code of their own, whatever their configuration says.
     "gptj": lambda: GPTJConfig(**_SIZES, n_embd=32, n_layer=2, n_head=4, n_positions=512, rotary_dim=4),
     "falcon": lambda: FalconConfig(**{name: size for name, size in _SIZES.items() if name != "head_dim"}),

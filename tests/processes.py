@@ -90,6 +90,7 @@ def together(*actions: Callable[[Report], None]) -> list[str]:
 def _run(action: Callable[[Report], None], write: int) -> None:
     status = 1
     try:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not what pytest-timeout does: C code that hangs runs no handler
         signal.alarm(_SECONDS)
         warnings.simplefilter("error")
         # Lines of this size reach the pipe whole.

@@ -27,7 +27,7 @@ import pytest
 from conftest import byte_tokenizer, plain, tiny_model
 from databases import path_of, remember
 from processes import Process, Report, together
-from sqlalchemy import create_engine, event, make_url, text
+from sqlalchemy import Connection, create_engine, event, make_url, text
 
 from ouroboros_llm import DecodingOptions, Ouroboros, StoreError
 from ouroboros_storage import PhraseStore, sqlite_file
@@ -503,21 +503,28 @@ def test_what_waits_at_a_fork_is_written_once(any_url: str) -> None:
 
 
 def test_a_child_of_a_parent_that_flushes_goes_on(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite_file, "BUSY_MILLISECONDS", 60_000)
+    begin, inside, go_on = sqlite_file.begin, threading.Event(), threading.Event()
+
+    def wait_inside(connection: Connection) -> None:
+        # Here, and not in SQLite: a fork while SQLite holds a mutex of its own leaves it held in the child for good.
+        inside.set()
+        go_on.wait()
+        begin(connection)
+
     with PhraseStore(url) as store:
         pool = store.open("a", fingerprint="f")
         store.setup()
         with closing(sqlite3.connect(path_of(url), isolation_level=None)) as lock:
             lock.execute("BEGIN IMMEDIATE")
             pool.add([1, 2, 3])
+            monkeypatch.setattr(sqlite_file, "begin", wait_inside)
             flush = threading.Thread(target=store.flush)
             flush.start()
-            while store._lock.acquire(blocking=False):  # until the other thread is in there
-                store._lock.release()
-                time.sleep(0.001)
+            inside.wait()
+            assert not store._lock.acquire(blocking=False)
 
             def child(report: Report) -> None:
-                sqlite_file.BUSY_MILLISECONDS = 20
+                sqlite_file.begin, sqlite_file.BUSY_MILLISECONDS = begin, 20
                 pool.add([4, 5, 6])
                 # SQLite itself believes that the child holds its parent's locks: it can read, but never write.
                 with warnings.catch_warnings(record=True) as caught:
@@ -527,9 +534,12 @@ def test_a_child_of_a_parent_that_flushes_goes_on(url: str, monkeypatch: pytest.
                     store.flush()
                 report(str([warning for warning in caught if "locked" not in str(warning.message)]))
 
-            with Process(child) as process:
-                assert (process.rest(), process.wait()) == (["[]"], 0)
+            try:
+                with Process(child) as process:
+                    assert (process.rest(), process.wait()) == (["[]"], 0)
+            finally:
                 lock.execute("ROLLBACK")
+                go_on.set()
                 flush.join()
     assert counts(url) == {(1, 2, 3): 1}
 
