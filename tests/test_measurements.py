@@ -26,6 +26,7 @@ from ouroboros_llm.target.probe import Probe
 
 PROMPT = [5 + number * 7 % 90 for number in range(40)]
 OPTIONS = DecodingOptions(max_new_tokens=12)
+Passes = list[tuple[Any, int]]
 SOME = Measurements(
     BackendMeasurements(Probe("tree", 1e-5, token_bytes=256), tuple(0.1 * knot for knot in range(len(WIDTHS)))),
     BackendMeasurements(Probe("tree", 2e-5, token_bytes=256), (0.0,) * len(WIDTHS)),
@@ -35,14 +36,14 @@ SOME = Measurements(
 
 
 @pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The widths of all forward passes of models."""
-    made: list[int] = []
+def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
+    """All forward passes of models, by which model and how wide; workers of other tests may still measure theirs."""
+    made: Passes = []
     call = torch.nn.Module.__call__
 
     def counted(module: torch.nn.Module, *args: Any, **named: Any) -> Any:
         if "input_ids" in named and hasattr(module, "generation_config"):
-            made.append(named["input_ids"].shape[1])
+            made.append((module, named["input_ids"].shape[1]))
         return call(module, *args, **named)
 
     monkeypatch.setattr(torch.nn.Module, "__call__", counted)
@@ -59,30 +60,33 @@ def later_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return forget
 
 
-def first_token(model: Any, passes: list[int]) -> int:
-    """Passes from wrapping a model to the first token of its first answer."""
-    passes.clear()
+def widths_of(model: Any, passes: Passes) -> list[int]:
+    return [width for module, width in passes if module is model]
+
+
+def first_token(model: Any, passes: Passes) -> list[int]:
+    """Widths of the passes from wrapping a model to the first token of its first answer."""
     with Ouroboros(model, byte_tokenizer()) as ouroboros:
         made: list[int] = []
         for piece in ouroboros.stream(PROMPT, options=OPTIONS):
             if piece.token_ids and not made:
-                made = passes[:]
+                made = widths_of(model, passes)
             last = piece
         assert last.result is not None
         assert list(last.result.token_ids) == plain(model, PROMPT, 12)
-    return len(made)
+    return made
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_few_passes_come_before_the_first_token(
-    architecture: str, passes: list[int], later_process: Callable[[], None]
+    architecture: str, passes: Passes, later_process: Callable[[], None]
 ) -> None:
     """The request may be some rounds ahead of its reader."""
     ahead = 4
-    assert first_token(own_model(architecture), passes) <= 24 + ahead
+    assert len(first_token(own_model(architecture), passes)) <= 24 + ahead
     later_process()
-    assert first_token(own_model(architecture), passes) <= 2 + ahead
-    assert set(passes[:1]) <= {1, len(PROMPT), len(PROMPT) - 1} or passes[0] > 8, "the first pass reads the prompt"
+    known = first_token(own_model(architecture), passes)
+    assert len(known) <= 1 + ahead and known[0] >= len(PROMPT), "the first pass reads the prompt"
 
 
 def test_what_is_kept_is_found() -> None:
@@ -233,7 +237,7 @@ def test_costs_learned_in_one_process_are_known_to_the_next(later_process: Calla
 
 
 def test_a_race_is_won_for_the_next_process(
-    passes: list[int], monkeypatch: pytest.MonkeyPatch, later_process: Callable[[], None]
+    passes: Passes, monkeypatch: pytest.MonkeyPatch, later_process: Callable[[], None]
 ) -> None:
     monkeypatch.setattr(prepared, "_is_raced", lambda model, known: known.measurements.static_wins is None)
     monkeypatch.setattr(prepared, "_wins", lambda *_: True)
@@ -241,9 +245,8 @@ def test_a_race_is_won_for_the_next_process(
     assert prepare(model).way.static is None
     list(measure(model))
     later_process()
-    passes.clear()
     again = own_model()
-    assert prepare(again).way.static is not None and not passes
+    assert prepare(again).way.static is not None and not widths_of(again, passes)
     with Ouroboros(again, byte_tokenizer()) as ouroboros:
         assert list(ouroboros.generate(PROMPT, options=OPTIONS).token_ids) == plain(again, PROMPT, 12)
 

@@ -60,6 +60,7 @@ def ouroboros() -> Iterator[Ouroboros]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_twenty_prompts_cold_and_warm(ouroboros: Ouroboros) -> None:
     """Cold, then repeated after everything else was said: always the model's own tokens."""
     assert len(PROMPTS) == 20

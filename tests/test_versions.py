@@ -16,7 +16,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from ouroboros_llm import transformers_api
+from ouroboros_llm import __version__, transformers_api
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -100,6 +100,15 @@ def test_ranges_end_where_nothing_was_tested(one: Requirement) -> None:
     bounds = {part.operator: part.version for part in one.specifier}
     assert set(bounds) == {">=", "<"}
     assert bounds["<"] == next_release(newest, minor=name in READ_FROM_INSIDE)
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "distributions").iterdir()), ids=lambda folder: folder.name)
+def test_other_names_have_our_version(folder: Path) -> None:
+    project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == __version__ and project["name"] == folder.name
+    [asked] = map(Requirement, project["dependencies"])
+    assert (asked.name, str(asked.specifier)) == (PROJECT["name"], f"=={__version__}")
+    assert asked.extras < {*PROJECT["optional-dependencies"]}
 
 
 def test_tested_versions_are_the_declared_range() -> None:
