@@ -27,7 +27,7 @@ def open_source(store: Any) -> PoolSource:
     if isinstance(store, PoolSource):
         return store
     try:
-        source: Any = _store_class()(store)
+        source: Any = store_class()(store)
         # What is merely out of order for now is mentioned when the first pool is opened.
         with suppress(StoreUnavailableError):
             source.setup()
@@ -55,7 +55,8 @@ def flush(source: PoolSource) -> None:
         warnings.warn(f"phrases could not be kept: {error}", RuntimeWarning, stacklevel=3)
 
 
-def _store_class() -> Any:
+def store_class() -> Any:
+    """The class that keeps phrases in a database. Raises StoreError where none is installed."""
     found = list(entry_points(group=ENTRY_POINTS))
     if not found:
         raise StoreError(f"store needs a package with an entry point in {ENTRY_POINTS!r}; install ouroboros-llm whole")

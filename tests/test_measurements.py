@@ -103,7 +103,7 @@ def test_what_is_kept_is_found() -> None:
         lambda data: "",
         lambda data: "{",
         lambda data: "[]",
-        lambda data: json.dumps(data | {"format": 2}),
+        lambda data: json.dumps(data | {"format": 1}),
         lambda data: json.dumps(data | {"eager": None}),
         lambda data: json.dumps(data | {"static": None}),
         lambda data: json.dumps(data | {"batches": "yes"}),
@@ -186,7 +186,7 @@ def test_a_model_that_differs_has_another_key(change: Callable[[Any], None]) -> 
     [
         (measurements, "VERSION", "9.9.9"),
         (torch, "__version__", "9.9.9"),
-        (measurements, "_processor", lambda: "another"),
+        (measurements, "processor_name", lambda: "another"),
         (torch, "get_num_threads", lambda: 64),
     ],
 )

@@ -131,7 +131,7 @@ def test_no_byte_of_a_deleted_scope_is_in_the_files(tmp_path: Path) -> None:
 
 def test_memory_only_keeps_nothing_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUROBOROS_STORE", f"sqlite:///{tmp_path}/phrases.db")
-    monkeypatch.setattr(sources, "_store_class", None)  # opening any would fail
+    monkeypatch.setattr(sources, "store_class", None)  # opening any would fail
     with Ouroboros(tiny_model(), byte_tokenizer(), store=None) as ouro:
         ouro.generate(PROMPT, scope="a", options=DecodingOptions(max_new_tokens=8))
     assert list(tmp_path.iterdir()) == []

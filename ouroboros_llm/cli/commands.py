@@ -20,6 +20,8 @@ INTERRUPTED = 130
 # The help of a command stands here as well, so that listing them loads no torch.
 BUILT_IN = {
     "bench": ("ouroboros_llm.cli.bench", "Measure a model side by side with transformers' own methods."),
+    "doctor": ("ouroboros_llm.cli.doctor", "Check what works here, and ask a model something."),
+    "models": ("ouroboros_llm.cli.models", "List packaged models, and what is on this machine."),
     "record": ("ouroboros_llm.cli.record", "Record greedy traces of a model, for `replay`."),
     "replay": ("ouroboros_llm.cli.replay", "Run drafting over recorded traces, without a model."),
 }

@@ -33,7 +33,7 @@ from .probe import Probe
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _FOLDER = "measurements"
 _LIBRARIES = ("torch", "transformers")
 """Packages whose code is known by their version."""
@@ -148,10 +148,10 @@ def key_of(model: PreTrainedModel, fingerprint: str) -> str | None:
 def _device(device: torch.device) -> tuple[str, ...]:
     if device.type == "cuda":
         return (device.type, torch.cuda.get_device_name(device), str(torch.version.cuda))
-    return (device.type, _processor(), torch.backends.cpu.get_cpu_capability())
+    return (device.type, processor_name(), torch.backends.cpu.get_cpu_capability())
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """The processor's name, where the system says it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -82,7 +82,7 @@ class PreparedModel:
                 "drafts, as with target='eager'"
             )
         if self.probe.branching == "none":
-            yield "keeps states that cannot be rewound, so it decodes without drafts, one token a pass"
+            yield f"decodes without drafts, one token a pass: {self.probe.reason}"
 
     @property
     def context_length(self) -> int | None:

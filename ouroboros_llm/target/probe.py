@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..draft_tree import DraftTree
 from ..errors import ModelError
-from ..transformers_api import forward_signature
+from ..transformers_api import attention_of, forward_signature
 from .base import Branching, Pass
 from .eager import EagerTarget, vocabulary_size
 from .masks import takes_masks
@@ -42,6 +42,8 @@ class Probe:
     """Whether a pass over many tokens goes on from the state of a text rightly."""
     token_bytes: int | None = None
     """Bytes of one token's keys and values, in all layers; None where the model keeps other states."""
+    reason: str = ""
+    """Why drafts are no wider than `branching`, as a clause; empty where trees are verified."""
 
 
 def probe(model: PreTrainedModel, times: PassTimes | None = None) -> Probe:
@@ -51,20 +53,25 @@ def probe(model: PreTrainedModel, times: PassTimes | None = None) -> Probe:
         model: any causal language model of the library. At most twenty passes are run, eight where it takes trees.
         times: takes note of what the passes over drafts and single tokens took.
     """
-    if not forward_signature(model).takes_cache or not _can_drop(model):
-        return _undrafted(model)
+    if (reason := _no_drafts(model)) is not None:
+        return _undrafted(model, reason)
     plain = EagerTarget(model, "none", times)
     try:
         alone = _step_by_step(_read(plain), _tokens(model, _TREE.main_chain().token_ids))
-    except FAILURES:
-        return _undrafted(model)
-    kinds: tuple[Branching, ...] = ("tree", "chain") if _takes_trees(model) else ("chain",)
+    except FAILURES as error:
+        return _undrafted(model, f"a pass over a single token fails: {first_line(error)}")
+    reason = _no_trees(model)
+    kinds: tuple[Branching, ...] = ("chain",) if reason else ("tree", "chain")
     for branching in kinds:
-        draft = _TREE if branching == "tree" else _TREE.main_chain()
-        error, near = _errors(_drafted(draft, partial(EagerTarget, model, branching, times)), alone)
+        draft, start = (
+            _TREE if branching == "tree" else _TREE.main_chain(),
+            partial(EagerTarget, model, branching, times),
+        )
+        error, near = _errors(_drafted(draft, start), alone)
         if error <= _tolerance(model, alone):
-            return Probe(branching, 2 * near, token_bytes=plain.cache.token_bytes)
-    return _undrafted(model)
+            return Probe(branching, 2 * near, token_bytes=plain.cache.token_bytes, reason=reason or "")
+        reason = _refusal(branching, error, alone, start)
+    return _undrafted(model, reason or "")
 
 
 def probe_static(model: PreTrainedModel, static: StaticForward, found: Probe) -> Probe:
@@ -121,7 +128,37 @@ def _reason(start: Callable[[], EagerTarget]) -> str | None:
     return None
 
 
-def _undrafted(model: PreTrainedModel) -> Probe:
+def _no_drafts(model: PreTrainedModel) -> str | None:
+    """The reason why a model verifies no drafts that is known before any is tried, as a clause."""
+    if not forward_signature(model).takes_cache:
+        return "its forward takes a state of its own, which cannot drop tokens"
+    return None if _can_drop(model) else "its cache keeps recurrent states, which cannot drop tokens"
+
+
+def _no_trees(model: PreTrainedModel) -> str | None:
+    """The reason why a model verifies no trees that is known before one is tried, as a clause."""
+    config = model.config.get_text_config(decoder=True)
+    if not EagerTarget(model, "tree").cache.can_rewind:
+        return "its convolution states can drop the end of a chain alone"
+    if not takes_masks(config):
+        return f"its attention ({attention_of(config)}) takes no mask of a tree, or applies windows of its own"
+    return None
+
+
+def _refusal(branching: Branching, error: float, alone: torch.Tensor, start: Callable[[], EagerTarget]) -> str:
+    """The reason why a kind of draft is not verified rightly, as a clause."""
+    if error == float("inf"):
+        return f"a pass over a {branching} fails: {_reason(start) or 'its logits are no numbers'}"
+    largest = float(alone.abs().max())
+    return f"a pass over a {branching} gives logits that are off by {error:.2g} of {largest:.2g}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _undrafted(model: PreTrainedModel, reason: str) -> Probe:
     """Find out of a model that is run one token a pass whether a second prompt may go on behind a first."""
     text = _tokens(model, _LONG)
     try:
@@ -131,18 +168,14 @@ def _undrafted(model: PreTrainedModel) -> Probe:
         continued = target.prefill(text)
         plain = StepwiseTarget(model).prefill(text)
     except FAILURES:
-        return Probe("none", 0.0, continues=False)
+        return Probe("none", 0.0, continues=False, reason=reason)
     error = float((continued - plain).abs().nan_to_num(float("inf")).max())
-    return Probe("none", 0.0, continues=error <= _tolerance(model, plain))
+    return Probe("none", 0.0, continues=error <= _tolerance(model, plain), reason=reason)
 
 
 def _tolerance(model: PreTrainedModel, logits: torch.Tensor) -> float:
     """A wrong mask or state is off by the size of the logits themselves; rounding by its precision."""
     return float(logits.abs().max()) * (1e-3 if model.dtype in (torch.float32, torch.float64) else 1e-1)
-
-
-def _takes_trees(model: PreTrainedModel) -> bool:
-    return EagerTarget(model, "tree").cache.can_rewind and takes_masks(model.config.get_text_config(decoder=True))
 
 
 def _can_drop(model: PreTrainedModel) -> bool:
