@@ -141,7 +141,7 @@ def answers(
 ) -> dict[str, Any]:
     """Figures of every method, as `summarize` gives them, with what diverged per thousand tokens."""
     names = ("plain", "prompt_lookup", *(["assisted"] if draft else []), "ouroboros", "ouroboros_warm")
-    with Ouroboros(loaded.model, loaded.tokenizer, target="auto") as ouroboros:
+    with Ouroboros(loaded.model, loaded.tokenizer, target="static") as ouroboros:
         ouroboros.name = loaded.name
         methods = build_methods(names, ouroboros, draft)
         run = SideBySide(ouroboros, methods, conversations, max_new_tokens=settings.max_new_tokens)

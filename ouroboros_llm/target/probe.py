@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..draft_tree import DraftTree
 from ..errors import ModelError
 from ..transformers_api import forward_signature
-from .base import Branching, Pass
+from .base import Branching, Greedy, Pass, Walked
 from .eager import EagerTarget, vocabulary_size
 from .masks import takes_masks
 from .packing import Packer, can_pack
@@ -80,6 +80,8 @@ def probe_static(model: PreTrainedModel, static: StaticForward, found: Probe) ->
     error, _ = _errors(drafted, alone)
     if error > _tolerance(model, alone):
         raise ModelError(_reason(start) or f"its logits are off by {error:.2g} of {float(alone.abs().max()):.2g}")
+    if (off := _walk_error(model, start)) > _tolerance(model, alone):
+        raise ModelError(f"after a walk its logits are off by {off:.2g} of {float(alone.abs().max()):.2g}")
     _, near = _errors(drafted, _step_by_step(_read(start()), chain))
     return replace(found, margin=2 * near)
 
@@ -109,6 +111,23 @@ def probe_batching(model: PreTrainedModel) -> bool:
     apart = max(float(typical(_largest(found[0][rows], beside[rows]))) for rows in same)
     tolerance = _tolerance(model, torch.cat(wanted))
     return right <= tolerance and apart <= tolerance / 10
+
+
+def _walk_error(model: PreTrainedModel, start: Callable[[], EagerTarget]) -> float:
+    """The largest difference to a logit after a walk whose path has to be moved. Raises what a walk raises."""
+    target, (root, after) = _read(start()), _tokens(model, _TREE.token_ids[:2])
+    length, chosen = len(target.token_ids), [root]
+    for _ in range(2):
+        chosen.append(int(target.verify(DraftTree.chain(chosen))[-1].argmax()))
+        target.rewind(length)
+    other = (chosen[1] + 1) % vocabulary_size(model)
+    draft = DraftTree((root, other, *chosen[1:]), (-1, 0, 0, 2), (1.0,) * 4, ("",) * 4, (None,) * 4)
+    walked = target.walk(draft, Greedy(draft.width, (), 0))
+    assert isinstance(walked, Walked)
+    target.keep(walked.path)
+    moved = target.verify(DraftTree.root(after))
+    plain = EagerTarget(model, "none").prefill([*target.token_ids, after])[-1:]
+    return float((moved - plain).abs().nan_to_num(float("inf")).max())
 
 
 def _reason(start: Callable[[], EagerTarget]) -> str | None:
