@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import byte_tokenizer, own_model, plain
+from test_graphed import TREE, ByAddress, Repeating
 
 from ouroboros_llm import DecodingOptions, Ouroboros
 from ouroboros_llm.target import measurements, prepared
-from ouroboros_llm.target.base import Walked
+from ouroboros_llm.target.base import Greedy, Walked
+from ouroboros_llm.target.eager import EagerTarget
+from ouroboros_llm.target.in_place import InPlace
 from ouroboros_llm.target.prepared import measure, prepare
 from ouroboros_llm.target.static import StaticForward
 
@@ -118,6 +121,40 @@ def test_texts_that_are_open_go_on_by_the_library(wrapped: Ouroboros, monkeypatc
     rows = [target.verify(prepared.DraftTree.chain((60, 61, 62))) for target in (*targets, other)]
     assert failing.passes == 1
     assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
+
+
+def test_concurrent_requests_and_draft_models_are_answered_too(
+    monkeypatch: pytest.MonkeyPatch, warned: Callable[[], list[str]]
+) -> None:
+    model, draft = own_model(), own_model("qwen3", seed=1)
+    with Ouroboros(model, byte_tokenizer(), draft_model=(draft, byte_tokenizer()), target="static") as ouroboros:
+        assert ouroboros._draft is not None and ouroboros._draft.way.static is not None
+        Failing(monkeypatch, lambda count: CompilationError("no such instruction") if count >= 4 else None)
+        prompts: list[Any] = [PROMPT, OTHER, [9, *OTHER]]
+        for prompt, result in zip(prompts, ouroboros.batch(prompts, options=GREEDY), strict=True):
+            assert list(result.token_ids) == plain(model, prompt, 40)
+        for one in (ouroboros._prepared, ouroboros._draft):
+            assert (one.way.missed, one.way.static) == ("one failed: no such instruction", None)
+    assert sorted(line.split(" failed")[0].split()[-1] for line in warned()) == ["LlamaForCausalLM", "Qwen3ForCausalLM"]
+
+
+@pytest.mark.parametrize("greedy", [False, True], ids=["verify", "walk"])
+def test_a_pass_that_fails_while_it_is_recorded_is_taken_back(greedy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = own_model()
+    static = StaticForward(model, InPlace(ByAddress), Repeating())
+    told: list[Exception] = []
+    static.on_failure = told.append
+    target, oracle = (EagerTarget(model, "tree", static=one) for one in (static, None))
+    for one in (target, oracle):
+        one.prefill(PROMPT)
+        one.keep((0,))
+    Failing(monkeypatch, lambda count: CompilationError() if count == 3 else None)
+    found = target.walk(TREE, Greedy(9)) if greedy else target.verify(TREE)
+    assert torch.equal(found, oracle.verify(TREE))  # type: ignore[arg-type]
+    assert len(told) == 1 and target.static is None
+    for one in (target, oracle):
+        one.keep((0, 2))
+    assert torch.equal(target.verify(TREE), oracle.verify(TREE))
 
 
 def wrong_path(walked: Walked) -> Walked:

@@ -148,9 +148,10 @@ def answers(
         run.warm_up()
         run.run(lambda record: None)
         figures: dict[str, Any] = summarize(run.records, run.gaps)["all"]
+        missed = ouroboros._prepared.way.missed
     for name, rate in divergences(run.records).items():
         figures[name]["divergences_per_1000_tokens"] = rate
-    return {"methods": figures}
+    return {"methods": figures, "not_static": missed}
 
 
 def divergences(records: Sequence[Record]) -> dict[str, float | None]:

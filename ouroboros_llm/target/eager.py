@@ -146,7 +146,7 @@ class EagerTarget:
     @property
     def static(self) -> StaticForward | None:
         """Verifies drafts in passes of fixed shape; None where nothing does, or a pass of any text has failed."""
-        return self._static if self._static is not None and self._static.works else None
+        return None if self._static is None or self._static.failure is not None else self._static
 
     def _timed(self, draft: DraftTree, greedy: Greedy | None = None) -> AbstractContextManager[None]:
         # A pass that is recorded first says nothing of those that will be replayed.

@@ -73,7 +73,9 @@ class PreparedModel:
     def way(self) -> Way:
         """The way that was chosen, or that which took over from it."""
         static, eager = self.chosen.static, self.chosen.eager
-        return self.chosen if static is None or static.works or eager is None else eager
+        if static is None or static.failure is None or eager is None:
+            return self.chosen
+        return _instead(eager, static.failure)
 
     @property
     def probe(self) -> Probe:
@@ -138,9 +140,8 @@ class _Known:
 
     def lose(self, name: str, error: Exception) -> None:
         """Give up passes of fixed shape, one of which failed after the probe; for later processes too, by "auto"."""
-        reason = reason_of(error)
-        eager = self.ways[EAGER]
-        self.ways |= {STATIC: replace(eager, missed=f"one failed: {reason}"), "auto": eager}
+        reason, eager = reason_of(error), self.ways[EAGER]
+        self.ways |= {STATIC: _instead(eager, reason), "auto": eager}
         self.note(static=None, static_wins=False)
         logger.warning(
             "a pass of fixed shape over %s failed (%s); the library's own forward verifies its drafts from here on",
@@ -155,6 +156,11 @@ class _Known:
             with progress.step("checking passes over several texts, once", quiet=True):
                 self.note(batches=probe_batching(model))
         return bool(self.measurements.batches)
+
+
+def _instead(eager: Way, reason: str) -> Way:
+    """The way that takes over where a pass of fixed shape has failed."""
+    return replace(eager, missed=f"one failed: {reason}")
 
 
 _known: WeakKeyDictionary[PreTrainedModel, _Known] = WeakKeyDictionary()

@@ -22,7 +22,7 @@ from .attention import Nodes
 from .base import Greedy
 from .cache import SlotCache
 from .clock import on
-from .failures import out_of_memory
+from .failures import out_of_memory, reason_of
 from .fusing import fuse
 from .graphed import CudaRecorder, Recorder, Recordings, Results
 from .head import put_float32_head
@@ -40,11 +40,11 @@ class StaticForward:
         fused: how many norms, gates and rotations of the twin are one operation each.
         reader: what reads prompts, with the library's own attention and the same output head; None: the model itself,
             which is not held here, so that it can be freed.
-        works: false once a pass has failed; targets make no more of them.
+        failure: of the first pass that failed, in one line; targets make no more of them then.
         on_failure: told of the pass that failed, once. None: nobody takes over, so that pass raises.
     """
 
-    works = True
+    failure: str | None = None
     on_failure: Callable[[Exception], None] | None = None
 
     def __init__(
@@ -115,7 +115,7 @@ class StaticForward:
         """Make no more passes because one raised `error`; false where somebody else has to deal with that."""
         if self.on_failure is None or out_of_memory(error):
             return False
-        self.works = False
+        self.failure = reason_of(error)
         self.on_failure(error)
         return True
 
