@@ -22,8 +22,6 @@ from ouroboros_llm.target.in_place import InPlace
 from ouroboros_llm.target.prepared import measure, prepare
 from ouroboros_llm.target.static import StaticForward
 
-pytestmark = pytest.mark.clock
-
 PROMPT = [5 + number * 7 % 90 for number in range(40)]
 OTHER = [7, 8] * 9
 GREEDY = DecodingOptions(max_new_tokens=40)
@@ -69,9 +67,8 @@ def answer(ouroboros: Ouroboros, prompt: list[int], scope: str, options: Decodin
     return list(ouroboros.generate(prompt, scope=scope, options=options).token_ids)
 
 
-def on_disk(folder: Path) -> dict[str, Any]:
-    (path,) = folder.glob("*.json")
-    found: dict[str, Any] = json.loads(path.read_text())
+def on_disk(folder: Path, model: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / f"{prepared._known[model].key}.json").read_text())
     return found
 
 
@@ -89,7 +86,7 @@ def test_a_pass_that_fails_is_made_again_by_the_library(
     warned: Callable[[], list[str]],
     measurements_folder: Path,
 ) -> None:
-    assert on_disk(measurements_folder)["static"] is not None
+    assert on_disk(measurements_folder, wrapped.model)["static"] is not None
     failing = Failing(monkeypatch, lambda count: error if count >= number else None)
     assert answer(wrapped, PROMPT, "a") == plain(wrapped.model, PROMPT, 40)
     assert (failing.passes, failing.failures) == (number, 1)
@@ -98,7 +95,7 @@ def test_a_pass_that_fails_is_made_again_by_the_library(
     for prompt, scope in ((PROMPT, "a"), (OTHER, "b")):
         assert answer(wrapped, prompt, scope) == plain(wrapped.model, prompt, 40)
     assert failing.passes == number and len(warned()) == 1, "no pass of fixed shape is made any more"
-    found = on_disk(measurements_folder)
+    found = on_disk(measurements_folder, wrapped.model)
     assert found["static_wins"] is False and found["static"] is None
 
 
@@ -252,9 +249,10 @@ def open_race(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(prepared, "_wins", lambda *_: True)
 
 
+@pytest.mark.clock
 def test_on_devices_where_nothing_is_proven_auto_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     open_race(monkeypatch)
-    model = own_model()
+    model = own_model(seed=10)
     monkeypatch.setattr(prepared, "PROVEN_DEVICES", frozenset())
     assert prepare(model).way.static is None
     assert list(measure(model)) == [], "nothing is raced"
@@ -264,17 +262,19 @@ def test_on_devices_where_nothing_is_proven_auto_is_eager(monkeypatch: pytest.Mo
     assert prepare(model).way.static is None, "whatever an earlier version found"
 
 
+@pytest.mark.clock
 def test_on_devices_that_are_proven_auto_is_raced(monkeypatch: pytest.MonkeyPatch) -> None:
     open_race(monkeypatch)
-    model = own_model()
+    model = own_model(seed=10)
     assert prepare(model).way.static is None
     assert len(list(measure(model))) > 1
     assert prepare(model).way.static is not None
 
 
+@pytest.mark.clock
 def test_accelerators_are_not_proven_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     open_race(monkeypatch)
-    model = own_model()
+    model = own_model(seed=10)
     prepare(model)
     known = prepared._known[model]
     for kind in ("cuda", "mps", "xpu"):
@@ -285,24 +285,26 @@ def test_accelerators_are_not_proven_yet(monkeypatch: pytest.MonkeyPatch) -> Non
             assert prepared._is_raced(device, known)
 
 
+@pytest.mark.clock
 def test_passes_that_fail_in_the_race_have_lost_it(
     monkeypatch: pytest.MonkeyPatch, warned: Callable[[], list[str]], measurements_folder: Path
 ) -> None:
     monkeypatch.setattr(prepared, "_LONG", 10.0)
     monkeypatch.setattr(prepared, "_seconds", lambda target: 1.0 if target.static is None else 0.1)
-    model = own_model()
+    model = own_model(seed=10)
     prepare(model)
     work = measure(model)
     next(work)
     failing = Failing(monkeypatch, lambda count: CompilationError() if count == 2 else None)
     list(work)
     assert failing.failures == 1 and len(warned()) == 1
-    assert prepare(model).way.static is None and on_disk(measurements_folder)["static_wins"] is False
+    assert prepare(model).way.static is None and on_disk(measurements_folder, model)["static_wins"] is False
 
 
+@pytest.mark.clock
 def test_what_won_and_then_failed_is_not_chosen_by_the_next_process(monkeypatch: pytest.MonkeyPatch) -> None:
     open_race(monkeypatch)
-    model = own_model()
+    model = own_model(seed=10)
     prepare(model)
     list(measure(model))
     with Ouroboros(model, byte_tokenizer()) as ouroboros:
@@ -310,5 +312,21 @@ def test_what_won_and_then_failed_is_not_chosen_by_the_next_process(monkeypatch:
         Failing(monkeypatch, lambda count: CompilationError())
         assert answer(ouroboros, PROMPT, "a") == plain(model, PROMPT, 40)
     measurements._memory.clear()
-    again = own_model()
+    again = own_model(seed=10)
     assert prepare(again).way.static is None and list(measure(again)) == []
+
+
+@pytest.mark.clock
+def test_what_failed_on_one_copy_of_the_weights_is_chosen_for_no_other(
+    monkeypatch: pytest.MonkeyPatch, measurements_folder: Path
+) -> None:
+    open_race(monkeypatch)
+    models = [own_model(seed=20) for _ in range(2)]
+    for model in models:
+        prepare(model)
+        list(measure(model))
+        assert prepare(model).way.static is not None
+    prepared._known[models[0]].lose("Llama", CompilationError())
+    list(measure(models[1]))  # writes what it knows
+    assert on_disk(measurements_folder, models[1])["static_wins"] is False
+    assert prepare(own_model(seed=20)).way.static is None

@@ -136,6 +136,10 @@ class _Known:
                 costs = replace(measured, costs=way.pass_times.costs)
                 self.measurements = replace(self.measurements, **{kind: costs})
         if self.key is not None:
+            kept = measurements.latest(self.key)
+            # Passes that failed elsewhere, on another copy of the weights, stay out of "auto".
+            if kept is not None and kept.static_wins is False and "static_wins" not in found:
+                self.measurements = replace(self.measurements, static_wins=False)
             measurements.keep(self.key, self.measurements)
 
     def lose(self, name: str, error: Exception) -> None:
