@@ -15,9 +15,6 @@ from .target.prepared import PreparedModel
 _CGROUP = Path("/sys/fs/cgroup")
 _GIB = 1 << 30
 
-_FAILURES = ("out of memory", "DefaultCPUAllocator")
-"""What the messages of allocators say that have no exception of their own."""
-
 
 def check_room(
     prepared: PreparedModel, tokens: int, held: int, spare: Callable[[], None], draft: PreparedModel | None = None
@@ -55,13 +52,6 @@ def needed_bytes(prepared: PreparedModel, tokens: int) -> int | None:
     # As the model gives them, and once more in float32 for what is done with them.
     logits = (MAX_WIDTH + PROMPT_POSITIONS) * int(text.vocab_size) * (prepared.model.dtype.itemsize + 4)
     return tokens * per_token + logits
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return not isinstance(error, MemoryLimitError)
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _FAILURES)
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -94,9 +94,10 @@ class Ouroboros:
                 (model, tokenizer), or a model whose tokenizer is known to be the same.
             store: None keeps phrases in memory; a URL (`sqlite:///phrases.db`), a SQLAlchemy engine or a `PhraseStore`
                 keeps them for later processes.
-            target: how passes are made, the draft model's too: "eager" by the library's own forward, "static" padded to
-                a few widths, with attention of ours, "auto" as is faster: static on accelerators, where passes of fixed
-                shape can be replayed; on a CPU as measured.
+            target: how passes are made, the draft model's too: "eager" by the library's own forward; "static" padded to
+                a few widths, with attention of ours; "auto" by whichever won a race on this machine. No race is run on
+                accelerators yet, so "auto" is eager there. Where a static pass fails, the library's own forward
+                verifies the same draft and all later ones, with one warning in the log.
             documents: texts that answers may quote, whoever asks (`documents_pool`); only read.
             max_active, max_waiting: answers that take turns at once, and further ones that may wait; whoever comes
                 then gets QueueFullError. They hold for the model, whoever wraps it. None: as they are, 16 and 1,024 at

@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .decoder import Decoder
-from .device_memory import out_of_memory
 from .draft_tree import MAX_WIDTH, DraftTree
 from .drafting import lookahead
 from .drafting.answers import answer_source, note_answer
@@ -33,6 +32,7 @@ from .sampling import end_token_ids, sampler_for
 from .session import Session
 from .statistics import FinishReason, GenerationResult, Piece, Tally, Usage
 from .target.base import Pass, TargetModel, ask
+from .target.failures import out_of_memory
 from .target.prepared import PreparedModel, locked
 from .text import Transcript
 from .workspaces import Workspace, chunk_ends

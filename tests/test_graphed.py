@@ -350,7 +350,7 @@ def test_replays_on_a_device_give_the_library_s_logits(architecture: str) -> Non
     import copy
 
     model = copy.deepcopy(tiny_model(architecture)).to("cuda")
-    prepared = prepare(model)
+    prepared = prepare(model, "static")
     assert prepared.way.static is not None, prepared.way.missed
     for length in (7, 40, 300):
         text = [5 + number * 7 % 90 for number in range(length)]
@@ -359,6 +359,7 @@ def test_replays_on_a_device_give_the_library_s_logits(architecture: str) -> Non
             assert close(target.verify(draft), oracle.verify(draft)), (length, draft.width)
             target.rewind(length)
             oracle.rewind(length)
+    assert prepared.way.static is not None, "a pass failed, and the library's own forward took over"
 
 
 @pytest.mark.gpu
@@ -367,12 +368,13 @@ def test_greedy_rounds_on_a_device_say_what_the_model_says() -> None:
     import copy
 
     model = copy.deepcopy(tiny_model()).to("cuda")
-    with Ouroboros(model, byte_tokenizer()) as ouroboros:
+    with Ouroboros(model, byte_tokenizer(), target="static") as ouroboros:
         for prompt in ("abcabcabcabc", "the cat sat on the mat, the cat"):
             ids = ouroboros.encode(prompt)
             wanted = model.generate(torch.tensor([ids], device="cuda"), max_new_tokens=40, do_sample=False)
             result = ouroboros.generate(ids, options=DecodingOptions(max_new_tokens=40))
             assert list(result.token_ids) == wanted[0, len(ids) :].tolist()
+        assert ouroboros._prepared.way.static is not None, "a pass failed, and the library's own forward took over"
 
 
 @pytest.mark.gpu
@@ -381,7 +383,7 @@ def test_a_greedy_round_waits_for_the_device_once() -> None:
     import copy
 
     model = copy.deepcopy(tiny_model()).to("cuda")
-    target = read(prepare(model).start(), TEXT)  # type: ignore[arg-type]
+    target = read(prepare(model, "static").start(), TEXT)  # type: ignore[arg-type]
     greedy, static = Greedy(9, {2}, 8), target.static
     for _ in range(2):
         found = target.walk(TREE, greedy)

@@ -31,10 +31,11 @@ from ouroboros_llm import (
     RequestTimeoutError,
     custom_generate,
 )
-from ouroboros_llm.device_memory import free_bytes, needed_bytes, out_of_memory
+from ouroboros_llm.device_memory import free_bytes, needed_bytes
 from ouroboros_llm.memory_pool import MemorySource
 from ouroboros_llm.target.cache import SlotLayer
 from ouroboros_llm.target.eager import EagerTarget
+from ouroboros_llm.target.failures import out_of_memory
 from ouroboros_llm.target.packing import Packer
 from ouroboros_llm.target.prepared import prepare
 

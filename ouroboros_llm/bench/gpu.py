@@ -141,16 +141,17 @@ def answers(
 ) -> dict[str, Any]:
     """Figures of every method, as `summarize` gives them, with what diverged per thousand tokens."""
     names = ("plain", "prompt_lookup", *(["assisted"] if draft else []), "ouroboros", "ouroboros_warm")
-    with Ouroboros(loaded.model, loaded.tokenizer, target="auto") as ouroboros:
+    with Ouroboros(loaded.model, loaded.tokenizer, target="static") as ouroboros:
         ouroboros.name = loaded.name
         methods = build_methods(names, ouroboros, draft)
         run = SideBySide(ouroboros, methods, conversations, max_new_tokens=settings.max_new_tokens)
         run.warm_up()
         run.run(lambda record: None)
         figures: dict[str, Any] = summarize(run.records, run.gaps)["all"]
+        missed = ouroboros._prepared.way.missed
     for name, rate in divergences(run.records).items():
         figures[name]["divergences_per_1000_tokens"] = rate
-    return {"methods": figures}
+    return {"methods": figures, "not_static": missed}
 
 
 def divergences(records: Sequence[Record]) -> dict[str, float | None]:

@@ -70,6 +70,8 @@ def _weights(weights: Mapping[str, Any]) -> Iterator[str]:
         return
     if weights["draft"]:
         yield f"Assisted by {weights['draft']}."
+    if weights["not_static"]:
+        yield f"Without passes of fixed shape: {weights['not_static']}."
     yield markdown_table(
         _WEIGHT_COLUMNS,
         (

@@ -104,9 +104,8 @@ def processor() -> Check:
         "free_bytes": free,
     }
     memory = "" if free is None else f", {size(free)} free"
-    return Check(
-        "processor", "ok", f"{facts['name']}, {facts['threads']} threads of {facts['cores']} cores{memory}", facts
-    )
+    text = f"{facts['name']}, {facts['threads']} threads of {facts['cores']} cores{memory}"
+    return Check("processor", "ok", text, facts)
 
 
 def accelerator() -> Check:
@@ -126,9 +125,8 @@ def accelerator() -> Check:
 
 def environment() -> Check:
     """List the variables that change what is done."""
-    found = {
-        name: without_password(value) for name, value in sorted(os.environ.items()) if name.startswith("OUROBOROS_")
-    }
+    ours = sorted(name for name in os.environ if name.startswith("OUROBOROS_"))
+    found = {name: without_password(os.environ[name]) for name in ours}
     text = ", ".join(f"${name}={value}" for name, value in found.items()) or "no variable of ours is set"
     return Check("environment", "ok", text, found)
 

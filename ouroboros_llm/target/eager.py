@@ -18,7 +18,7 @@ from .clock import Clock
 from .masks import tree_masks
 from .packing import Packer
 from .pass_times import PassTimes, padded
-from .walk import read
+from .walk import checked, read
 
 if TYPE_CHECKING:
     from .static import StaticForward
@@ -63,13 +63,13 @@ class EagerTarget:
         """`branching` is what `probe` found; `pass_times` is shared by all targets of one model; `marks`: keep what it
         takes to come back to the end of a prompt, where a cache cannot go back anyway; `packer`: makes passes of
         several targets in one, if the model can be asked for that; `static`: verifies drafts in passes of fixed shape,
-        where the cache is a `SlotCache`."""
+        where the cache is a `SlotCache`, until one of them fails."""
         self.model, self.branching = model, branching
         self.marks, self._marked = marks, True
         self.config: Any = model.config.get_text_config(decoder=True)
         self.pass_times = pass_times or PassTimes(kind_of(model))
         self._clock = Clock(self.pass_times)
-        self.packer, self.static = packer, static
+        self.packer, self._static = packer, static
         self.cache: RewindableCache = cache_for(self.config) if cache is None else cache
         self.token_ids: list[int] = []
         self._pending: tuple[int, ...] = ()
@@ -109,21 +109,44 @@ class EagerTarget:
         return () if text is None else text[len(self.token_ids) : -1]
 
     def verify(self, draft: DraftTree) -> torch.Tensor:
+        if (static := self.static) is not None and (slots := self._slots(draft)) is not None:
+            try:
+                with self._timed(draft):
+                    self.begin(draft)
+                    return static.verify(draft, len(self.token_ids), slots)
+            except Exception as error:
+                if not self._takes_back(static, error):
+                    raise
+        # Out of the handler, which keeps the tensors of the failed pass alive.
         with self._timed(draft):
             self.begin(draft)
-            if (slots := self._slots(draft)) is None or self.static is None:
-                return self._forward(draft)
-            return self.static.verify(draft, len(self.token_ids), slots)
+            return self._forward(draft)
 
     def walk(self, draft: DraftTree, greedy: Greedy) -> Walked | torch.Tensor:
-        if (slots := self._slots(draft)) is None or self.static is None:
-            return self.verify(draft)
-        with self._timed(draft, greedy):
-            self.begin(draft)
-            row = self.static.walk(draft, len(self.token_ids), slots, greedy)
-        walked = read(row, padded(draft.width), draft.width)
-        self._moved = walked.path
-        return walked
+        if (static := self.static) is not None and (slots := self._slots(draft)) is not None:
+            try:
+                with self._timed(draft, greedy):
+                    self.begin(draft)
+                    row = static.walk(draft, len(self.token_ids), slots, greedy)
+                walked = checked(read(row, padded(draft.width), draft.width), draft, greedy)
+                self._moved = walked.path
+                return walked
+            except Exception as error:
+                if not self._takes_back(static, error):
+                    raise
+        return self.verify(draft)
+
+    def _takes_back(self, static: StaticForward, error: Exception) -> bool:
+        """Forget a pass of fixed shape that failed, and make no more of them; false where its error is for others."""
+        if not static.give_up(error):
+            return False
+        self.rewind(len(self.token_ids))
+        return True
+
+    @property
+    def static(self) -> StaticForward | None:
+        """Verifies drafts in passes of fixed shape; None where nothing does, or a pass of any text has failed."""
+        return None if self._static is None or self._static.failure is not None else self._static
 
     def _timed(self, draft: DraftTree, greedy: Greedy | None = None) -> AbstractContextManager[None]:
         # A pass that is recorded first says nothing of those that will be replayed.
@@ -190,7 +213,7 @@ class EagerTarget:
     def _slots(self, draft: DraftTree) -> SlotCache | None:
         """Where a pass of fixed shape over `draft` takes place; None where the library's own forward verifies it."""
         # The first pass over a text makes its buffers.
-        fixed = self.static is not None and self.token_ids and draft.width <= MAX_WIDTH
+        fixed = self.token_ids and draft.width <= MAX_WIDTH
         return self.cache if fixed and isinstance(self.cache, SlotCache) else None
 
     def _forward(self, draft: DraftTree, logits_to_keep: int = 0) -> torch.Tensor:

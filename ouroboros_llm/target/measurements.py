@@ -81,6 +81,15 @@ def find(key: str) -> Measurements | None:
         return None
 
 
+def latest(key: str) -> Measurements | None:
+    """The measurements under a key as another process may have left them since; None where there are none."""
+    path = _path(key)
+    try:
+        return _decoded(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError):
+        return _memory.get(path)
+
+
 def keep(key: str, measurements: Measurements) -> None:
     """Write measurements under a key, whole or not at all. A folder that cannot be written to is no error."""
     path = _path(key)

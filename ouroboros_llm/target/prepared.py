@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from time import perf_counter
 from typing import Any, Final, Literal, get_args
@@ -22,10 +23,11 @@ from ..transformers_api import attention_of, check_generates, warn_if_untested
 from . import measurements
 from .base import KeptTarget
 from .eager import EagerTarget, kind_of
+from .failures import reason_of
 from .measurements import BackendMeasurements, Measurements, key_of
 from .packing import Packer
 from .pass_times import PassTimes
-from .probe import FAILURES, Probe, probe, probe_batching, probe_static
+from .probe import Probe, probe, probe_batching, probe_static
 from .static import StaticForward
 from .stepwise import StepwiseTarget
 
@@ -35,6 +37,10 @@ Kind = Literal["auto", "eager", "static"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 EAGER: Final = "eager"
 STATIC: Final = "static"
+
+PROVEN_DEVICES: Final = frozenset({"cpu"})
+"""Device types on which "auto" races passes of fixed shape; on the others it is eager. Recordings and Triton kernels
+have run on no accelerator yet: a type comes in once `pytest -m gpu` has passed on one and its figures are committed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +55,8 @@ class Way:
     """Verifies drafts in passes of fixed shape; None: the library's own forward does."""
     missed: str | None = None
     """Why the model cannot be run in the way that was asked for, as a clause; None where it is."""
+    eager: Way | None = None
+    """Takes over where a pass of fixed shape fails; None where that cannot happen."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +67,15 @@ class PreparedModel:
     lock: threading.RLock
     fingerprint: str
     """Tells models apart whose choices differ; opaque."""
-    way: Way
+    chosen: Way
+
+    @property
+    def way(self) -> Way:
+        """The way that was chosen, or that which took over from it."""
+        static, eager = self.chosen.static, self.chosen.eager
+        if static is None or static.failure is None or eager is None:
+            return self.chosen
+        return _instead(eager, static.failure)
 
     @property
     def probe(self) -> Probe:
@@ -120,7 +136,23 @@ class _Known:
                 costs = replace(measured, costs=way.pass_times.costs)
                 self.measurements = replace(self.measurements, **{kind: costs})
         if self.key is not None:
+            kept = measurements.latest(self.key)
+            # Passes that failed elsewhere, on another copy of the weights, stay out of "auto".
+            if kept is not None and kept.static_wins is False and "static_wins" not in found:
+                self.measurements = replace(self.measurements, static_wins=False)
             measurements.keep(self.key, self.measurements)
+
+    def lose(self, name: str, error: Exception) -> None:
+        """Give up passes of fixed shape, one of which failed after the probe; for later processes too, by "auto"."""
+        reason, eager = reason_of(error), self.ways[EAGER]
+        self.ways |= {STATIC: _instead(eager, reason), "auto": eager}
+        self.note(static=None, static_wins=False)
+        logger.warning(
+            "a pass of fixed shape over %s failed (%s); the library's own forward verifies its drafts from here on",
+            name,
+            reason,
+        )
+        logger.debug("the pass that failed", exc_info=error)
 
     def batches(self, model: PreTrainedModel) -> bool:
         """Whether one pass can be made over several texts, found out the first time."""
@@ -128,6 +160,11 @@ class _Known:
             with progress.step("checking passes over several texts, once", quiet=True):
                 self.note(batches=probe_batching(model))
         return bool(self.measurements.batches)
+
+
+def _instead(eager: Way, reason: str) -> Way:
+    """The way that takes over where a pass of fixed shape has failed."""
+    return replace(eager, missed=f"one failed: {reason}")
 
 
 _known: WeakKeyDictionary[PreTrainedModel, _Known] = WeakKeyDictionary()
@@ -138,10 +175,10 @@ _SAMPLED = 16
 """Numbers of each weight that a fingerprint looks at."""
 
 _LONG = 0.1
-"""Seconds of a pass on a CPU beside which the library's work around it, all that another way could save, is nothing."""
+"""Seconds of a pass beside which the library's work around it, all that another way could save, is nothing."""
 
 _RACES = 5
-"""Races in a row that passes of fixed shape must win on a CPU."""
+"""Races in a row that passes of fixed shape must win."""
 
 _RACED = (1, 8)
 """Widths of the passes in a race."""
@@ -186,6 +223,7 @@ def measure(model: PreTrainedModel, *, races: bool = True) -> Iterator[None]:
                 won = _wins(*racers)
             raced += 1
             yield
+        won = won and racers[0].static is not None  # else a pass failed, and both were of one kind
         known.note(static_wins=won)
         known.ways.pop("auto", None)
         logger.info("passes of fixed shape are %s for %s", "faster" if won else "no faster", type(model).__name__)
@@ -236,28 +274,41 @@ def _way(model: PreTrainedModel, known: _Known, kind: Literal["eager", "static"]
     assert measured is not None
     trees = measured.probe.branching == "tree"
     packer = Packer(times, known.lock, known.batches) if trees and known.measurements.batches is not False else None
-    return Way(measured.probe, times, packer, StaticForward(model) if kind == "static" else None)
+    way = Way(measured.probe, times, packer)
+    return replace(way, static=StaticForward(model), eager=known.ways[EAGER]) if kind == "static" else way
 
 
 def _static(model: PreTrainedModel, known: _Known) -> Way:
-    """Passes of fixed shape, or the library's own where these are wrong."""
-    if known.measurements.static is not None:
-        return _way(
-            model, known, "static", PassTimes(kind_of(model), padded=True, costs=known.measurements.static.costs)
-        )
+    """Passes of fixed shape, or the library's own where these are wrong or fail."""
     eager = known.ways["eager"]
     try:
-        if eager.probe.branching != "tree":
-            raise ModelError("it cannot verify drafts with branches")
-        static = StaticForward(model)
-        found = probe_static(model, static, eager.probe)
-    except (ModelError, *FAILURES) as error:
-        return replace(eager, missed=str(error))
+        way = _probed(model, known) if known.measurements.static is None else _found(model, known)
+    # Compilers of kernels raise errors of their own kinds.
+    except Exception as error:
+        return replace(eager, missed=reason_of(error))
+    assert way.static is not None
+    way.static.on_failure = partial(known.lose, type(model).__name__)
+    return way
+
+
+def _found(model: PreTrainedModel, known: _Known) -> Way:
+    """Passes of fixed shape that were probed by an earlier process."""
+    assert known.measurements.static is not None
+    times = PassTimes(kind_of(model), padded=True, costs=known.measurements.static.costs)
+    return _way(model, known, "static", times)
+
+
+def _probed(model: PreTrainedModel, known: _Known) -> Way:
+    """Passes of fixed shape, tried and timed. Raises ModelError where they are wrong, and what they raise."""
+    eager = known.ways["eager"]
+    if eager.probe.branching != "tree":
+        raise ModelError("it cannot verify drafts with branches")
+    static = StaticForward(model)
+    found = probe_static(model, static, eager.probe)
     times = PassTimes(kind_of(model), padded=True)
     _time(EagerTarget(model, "tree", times, static=static))
-    known.ways["static"] = Way(found, times, Packer(times, known.lock, known.batches), static)
     known.note(static=BackendMeasurements(found, times.costs))
-    return known.ways["static"]
+    return Way(found, times, Packer(times, known.lock, known.batches), static, eager=eager)
 
 
 def _way_of(kind: Kind, model: PreTrainedModel, known: _Known) -> Way:
@@ -267,37 +318,47 @@ def _way_of(kind: Kind, model: PreTrainedModel, known: _Known) -> Way:
 
 
 def _faster(model: PreTrainedModel, known: _Known) -> Way:
-    """The way that takes less time: on an accelerator that of fixed shape, which can be replayed; on a CPU that which
-    won the race, if there was one."""
-    if model.device.type != "cpu" or known.measurements.static_wins:
+    """The way that won the race, if there was one: the library's own forward where there was none."""
+    if _may_race(model) and known.measurements.static_wins:
         return _way_of("static", model, known)
     return known.ways["eager"]
 
 
+def _may_race(model: PreTrainedModel) -> bool:
+    return model.device.type in PROVEN_DEVICES
+
+
 def _is_raced(model: PreTrainedModel, known: _Known) -> bool:
-    """Whether it is open which way is faster, and worth knowing."""
+    """Tell whether it is open which way is faster, and worth knowing."""
     eager, seen = known.ways["eager"], known.measurements.static_wins
     one = eager.pass_times.one
-    return model.device.type == "cpu" and seen is None and eager.probe.branching == "tree" and (one or _LONG) < _LONG
+    return _may_race(model) and seen is None and eager.probe.branching == "tree" and (one or _LONG) < _LONG
 
 
 def _wins(one: EagerTarget, other: EagerTarget) -> bool:
-    """Whether passes of `one` are clearly faster than those of `other`, right before them."""
+    """Tell whether passes of `one` are clearly faster than those of `other`, right before them."""
     context = (context_length_of(one.model.config) or 256) - max(_RACED)
     for target in (one, other):
         if not target.token_ids:
             target.prefill((1,) * max(1, min(128, context)))
             target.keep((0,))
+            _run(target)  # what is compiled or recorded once is no part of the race
     return _seconds(one) < 0.95 * _seconds(other)
 
 
 def _seconds(target: EagerTarget) -> float:
     """Time passes over one token and over a few, which are forgotten."""
-    length, began = len(target.token_ids), perf_counter()
-    for width in _RACED:
-        target.verify(DraftTree.chain((1,) * width))
-        target.rewind(length)
+    began = perf_counter()
+    _run(target)
     return perf_counter() - began
+
+
+def _run(target: EagerTarget) -> None:
+    length = len(target.token_ids)
+    for width in _RACED:
+        # To read a number is to wait for the pass, also on an accelerator.
+        target.verify(DraftTree.chain((1,) * width))[0, 0].item()
+        target.rewind(length)
 
 
 def _target(model: PreTrainedModel, way: Way, *, marks: bool = False) -> EagerTarget:

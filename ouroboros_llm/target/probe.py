@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from ..draft_tree import DraftTree
 from ..errors import ModelError
 from ..transformers_api import attention_of, forward_signature
-from .base import Branching, Pass
+from .base import Branching, Greedy, Pass, Walked
 from .eager import EagerTarget, vocabulary_size
+from .failures import reason_of
 from .masks import takes_masks
 from .packing import Packer, can_pack
 from .pass_times import PassTimes
@@ -59,18 +60,16 @@ def probe(model: PreTrainedModel, times: PassTimes | None = None) -> Probe:
     try:
         alone = _step_by_step(_read(plain), _tokens(model, _TREE.main_chain().token_ids))
     except FAILURES as error:
-        return _undrafted(model, f"a pass over a single token fails: {first_line(error)}")
+        return _undrafted(model, f"a pass over a single token fails: {reason_of(error)}")
     reason = _no_trees(model)
     kinds: tuple[Branching, ...] = ("chain",) if reason else ("tree", "chain")
     for branching in kinds:
-        draft, start = (
-            _TREE if branching == "tree" else _TREE.main_chain(),
-            partial(EagerTarget, model, branching, times),
-        )
-        error, near = _errors(_drafted(draft, start), alone)
-        if error <= _tolerance(model, alone):
+        draft = _TREE if branching == "tree" else _TREE.main_chain()
+        start = partial(EagerTarget, model, branching, times)
+        largest, near = _errors(_drafted(draft, start), alone)
+        if largest <= _tolerance(model, alone):
             return Probe(branching, 2 * near, token_bytes=plain.cache.token_bytes, reason=reason or "")
-        reason = _refusal(branching, error, alone, start)
+        reason = _refusal(branching, largest, alone, start)
     return _undrafted(model, reason or "")
 
 
@@ -87,6 +86,8 @@ def probe_static(model: PreTrainedModel, static: StaticForward, found: Probe) ->
     error, _ = _errors(drafted, alone)
     if error > _tolerance(model, alone):
         raise ModelError(_reason(start) or f"its logits are off by {error:.2g} of {float(alone.abs().max()):.2g}")
+    if (off := _walk_error(model, start)) > _tolerance(model, alone):
+        raise ModelError(f"after a walk its logits are off by {off:.2g} of {float(alone.abs().max()):.2g}")
     _, near = _errors(drafted, _step_by_step(_read(start()), chain))
     return replace(found, margin=2 * near)
 
@@ -116,6 +117,23 @@ def probe_batching(model: PreTrainedModel) -> bool:
     apart = max(float(typical(_largest(found[0][rows], beside[rows]))) for rows in same)
     tolerance = _tolerance(model, torch.cat(wanted))
     return right <= tolerance and apart <= tolerance / 10
+
+
+def _walk_error(model: PreTrainedModel, start: Callable[[], EagerTarget]) -> float:
+    """The largest difference to a logit after a walk whose path has to be moved. Raises what a walk raises."""
+    target, (root, after) = _read(start()), _tokens(model, _TREE.token_ids[:2])
+    length, chosen = len(target.token_ids), [root]
+    for _ in range(2):
+        chosen.append(int(target.verify(DraftTree.chain(chosen))[-1].argmax()))
+        target.rewind(length)
+    other = (chosen[1] + 1) % vocabulary_size(model)
+    draft = DraftTree((root, other, *chosen[1:]), (-1, 0, 0, 2), (1.0,) * 4, ("",) * 4, (None,) * 4)
+    walked = target.walk(draft, Greedy(draft.width, (), 0))
+    assert isinstance(walked, Walked)
+    target.keep(walked.path)
+    moved = target.verify(DraftTree.root(after))
+    plain = EagerTarget(model, "none").prefill([*target.token_ids, after])[-1:]
+    return float((moved - plain).abs().nan_to_num(float("inf")).max())
 
 
 def _reason(start: Callable[[], EagerTarget]) -> str | None:
@@ -151,11 +169,6 @@ def _refusal(branching: Branching, error: float, alone: torch.Tensor, start: Cal
         return f"a pass over a {branching} fails: {_reason(start) or 'its logits are no numbers'}"
     largest = float(alone.abs().max())
     return f"a pass over a {branching} gives logits that are off by {error:.2g} of {largest:.2g}"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _undrafted(model: PreTrainedModel, reason: str) -> Probe:

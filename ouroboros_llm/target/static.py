@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .attention import Nodes
 from .base import Greedy
 from .cache import SlotCache
 from .clock import on
+from .failures import out_of_memory, reason_of
 from .fusing import fuse
 from .graphed import CudaRecorder, Recorder, Recordings, Results
 from .head import put_float32_head
@@ -39,7 +40,12 @@ class StaticForward:
         fused: how many norms, gates and rotations of the twin are one operation each.
         reader: what reads prompts, with the library's own attention and the same output head; None: the model itself,
             which is not held here, so that it can be freed.
+        failure: of the first pass that failed, in one line; targets make no more of them then.
+        on_failure: told of the pass that failed, once. None: nobody takes over, so that pass raises.
     """
+
+    failure: str | None = None
+    on_failure: Callable[[Exception], None] | None = None
 
     def __init__(
         self,
@@ -104,6 +110,14 @@ class StaticForward:
     def ready(self, width: int, greedy: Greedy | None = None) -> bool:
         """Whether a pass over a draft of that width is made as all later ones are, with nothing to prepare."""
         return self._recordings is None or width > MAX_WIDTH or self._recordings.complete(padded(width), _kind(greedy))
+
+    def give_up(self, error: Exception) -> bool:
+        """Make no more passes because one raised `error`; false where somebody else has to deal with that."""
+        if self.on_failure is None or out_of_memory(error):
+            return False
+        self.failure = reason_of(error)
+        self.on_failure(error)
+        return True
 
     def _pass(self, draft: DraftTree, length: int, cache: SlotCache, greedy: Greedy | None) -> Results:
         width, guesses = padded(draft.width), greedy.guesses(draft) if greedy else ()

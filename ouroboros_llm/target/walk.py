@@ -9,8 +9,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ..draft_tree import DraftTree
+from ..verification import accept
 from .attention import Nodes
-from .base import Walked
+from .base import Greedy, Walked
 
 
 def accepted(nodes: Nodes, likeliest: torch.Tensor) -> torch.Tensor:
@@ -47,6 +49,21 @@ def found(
         chances = top.float().softmax(-1)
         parts += [ids.flatten(), chances.view(torch.int32).long().flatten()]
     return torch.cat(parts)
+
+
+def checked(walked: Walked, draft: DraftTree, greedy: Greedy) -> Walked:
+    """Compare the path of a walk with what `accept` makes of the same numbers.
+
+    Raises:
+        RuntimeError: it is another, or chances are no numbers, so the pass went wrong.
+    """
+    likeliest = walked.likeliest
+    right = accept(draft, lambda node, _: likeliest[node], limit=greedy.limit, end_token_ids=greedy.end_token_ids)
+    if walked.path != right.path:
+        raise RuntimeError(f"the nodes {walked.path} were accepted, but the likeliest tokens are those of {right.path}")
+    if any(chance != chance for ranked in walked.successors for _, chance in ranked):
+        raise RuntimeError("chances of tokens are no numbers")
+    return walked
 
 
 def read(row: torch.Tensor, padded: int, width: int) -> Walked:
