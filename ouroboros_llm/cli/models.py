@@ -60,13 +60,13 @@ def packaged_rows() -> Iterator[ModelRow]:
 
 def hub_rows() -> Iterator[ModelRow]:
     """Models that the hub's client has cached."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     from ..defaults import default_model
 
     try:
-        repositories = scan_cache_dir().repos
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except (CacheNotFound, OSError):
         return
     for repository in sorted(repositories, key=lambda one: one.repo_id):
