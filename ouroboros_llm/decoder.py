@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .draft_tree import MAX_WIDTH, DraftTree
 from .drafting.base import Budget, Drafter, Round, Successors
-from .target.base import Branching, Greedy, Pass, TargetModel, Walked, ask
+from .target_model.base import Branching, Greedy, Pass, TargetModel, Walked, ask
 from .verification import Choose, Chooser, accept
 
 if TYPE_CHECKING:

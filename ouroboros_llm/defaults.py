@@ -13,7 +13,7 @@ from platformdirs import user_data_path
 if TYPE_CHECKING:
     from .ouroboros import Ouroboros
     from .quantization import Quantization
-    from .target.prepared import Kind
+    from .target_model.prepared import Kind
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 

@@ -10,7 +10,7 @@ import torch
 from .decoder import PROMPT_POSITIONS
 from .draft_tree import MAX_WIDTH
 from .errors import MemoryLimitError
-from .target.prepared import PreparedModel
+from .target_model.prepared import PreparedModel
 
 _CGROUP = Path("/sys/fs/cgroup")
 _GIB = 1 << 30

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import ModelError, OptionError, TokenizerMismatchError
-from .target.eager import vocabulary_size
-from .target.prepared import Kind, PreparedModel, prepare
+from .target_model.eager import vocabulary_size
+from .target_model.prepared import Kind, PreparedModel, prepare
 from .text import vocabulary_hash
 
 

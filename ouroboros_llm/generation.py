@@ -18,8 +18,8 @@ from .drafting.recycling import KEPT
 from .errors import OptionError
 from .phrases import PhrasePool
 from .sampling import Sampler, end_token_ids
-from .target.eager import vocabulary_size
-from .target.prepared import PreparedModel, locked, prepare
+from .target_model.eager import vocabulary_size
+from .target_model.prepared import PreparedModel, locked, prepare
 from .transformers_api import PREPARED_ARGUMENTS, arguments_of_generate, filled_cache, generate_output
 
 _UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")

@@ -13,7 +13,7 @@ from .phrases import PhrasePool, PoolSource
 from .request import Steps
 from .session import Session, Sessions
 from .sources import open_pool
-from .target.prepared import PreparedModel, locked
+from .target_model.prepared import PreparedModel, locked
 from .workspaces import Workspace
 
 

@@ -32,8 +32,8 @@ from .session import Session
 from .sources import flush, open_pool, open_source
 from .statistics import GenerationResult, Piece
 from .stream import Stream, off_the_loop, results
-from .target.eager import vocabulary_size
-from .target.prepared import KINDS, Kind, keep_measurements, measure, prepare
+from .target_model.eager import vocabulary_size
+from .target_model.prepared import KINDS, Kind, keep_measurements, measure, prepare
 from .text import Prompt, encode, vocabulary_hash
 from .turn import Turn
 from .worker import worker_of

@@ -74,7 +74,7 @@ class QuantizedLinear(nn.Module):
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         if rows.is_cuda and len(rows) <= _KERNEL_WIDTH and find_spec("triton") is not None:
-            from .target.products import product
+            from .target_model.products import product
 
             return product(rows, self.numbers, self.scales, self.zeros, self.bias)
         # In single precision that product of torch's is many times slower than the other way.

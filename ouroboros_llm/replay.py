@@ -20,7 +20,7 @@ from .drafting.base import Budget, Drafter, Round, Successors
 from .drafting.blend import Blend
 from .drafting.memory import Memory, sources
 from .memory_pool import MemoryPool
-from .target.pass_times import PRIOR_COSTS, WIDTHS
+from .target_model.pass_times import PRIOR_COSTS, WIDTHS
 from .traces import Trace
 from .verification import accept
 

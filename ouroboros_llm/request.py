@@ -8,7 +8,7 @@ from queue import SimpleQueue
 from time import monotonic
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from .target.base import Pass
+from .target_model.base import Pass
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import SnapshotError
-from .target.cache import SlotCache
-from .target.eager import EagerTarget
-from .target.prepared import PreparedModel
+from .target_model.cache import SlotCache
+from .target_model.eager import EagerTarget
+from .target_model.prepared import PreparedModel
 from .workspaces import Workspace
 
 LAYOUT = "1"

@@ -31,9 +31,9 @@ from .request import Steps
 from .sampling import end_token_ids, sampler_for
 from .session import Session
 from .statistics import FinishReason, GenerationResult, Piece, Tally, Usage
-from .target.base import Pass, TargetModel, ask
-from .target.failures import out_of_memory
-from .target.prepared import PreparedModel, locked
+from .target_model.base import Pass, TargetModel, ask
+from .target_model.failures import out_of_memory
+from .target_model.prepared import PreparedModel, locked
 from .text import Transcript
 from .workspaces import Workspace, chunk_ends
 

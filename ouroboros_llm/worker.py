@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from .errors import OuroborosError, QueueFullError, RequestTimeoutError
 from .lifetimes import guard, watch
 from .request import End, Request, Steps, nothing
-from .target.base import Pass
+from .target_model.base import Pass
 
 MAX_ACTIVE, MAX_WAITING = 16, 1024
 """Requests that take turns, and further ones that wait for a place among them."""

@@ -11,9 +11,9 @@ from weakref import WeakSet
 
 from .errors import OptionError
 from .lifetimes import guard
-from .target.base import KeptTarget
-from .target.eager import PREFILL_CHUNK
-from .target.failures import out_of_memory
+from .target_model.base import KeptTarget
+from .target_model.eager import PREFILL_CHUNK
+from .target_model.failures import out_of_memory
 
 KV_BYTES = 1 << 30
 """Keys and values kept in the process unless `$OUROBOROS_KV_BYTES` or `limit_kv_bytes` says otherwise."""

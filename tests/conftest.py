@@ -51,10 +51,10 @@ from ouroboros_llm import Ouroboros, PhrasePool
 from ouroboros_llm.drafting.blend import Blend
 from ouroboros_llm.drafting.memory import Memory, sources
 from ouroboros_llm.drafting.worth import Worth
-from ouroboros_llm.target import measurements, prepared
-from ouroboros_llm.target.eager import EagerTarget
-from ouroboros_llm.target.packing import Packer
-from ouroboros_llm.target.prepared import fingerprint
+from ouroboros_llm.target_model import measurements, prepared
+from ouroboros_llm.target_model.eager import EagerTarget
+from ouroboros_llm.target_model.packing import Packer
+from ouroboros_llm.target_model.prepared import fingerprint
 from ouroboros_llm.worker import worker_of
 from ouroboros_storage import database, sqlite_file
 

@@ -22,8 +22,8 @@ from ouroboros_llm.bench.side_by_side import Record
 from ouroboros_llm.bench.steps import _our_round
 from ouroboros_llm.cli import main
 from ouroboros_llm.models import LoadedModel
-from ouroboros_llm.target.pass_times import WIDTHS
-from ouroboros_llm.target.prepared import prepare
+from ouroboros_llm.target_model.pass_times import WIDTHS
+from ouroboros_llm.target_model.prepared import prepare
 
 
 @pytest.mark.parametrize(

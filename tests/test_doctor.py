@@ -15,8 +15,8 @@ from packaging.specifiers import SpecifierSet
 from ouroboros_llm import transformers_api
 from ouroboros_llm.cli import checks, main
 from ouroboros_llm.packaged import registry
-from ouroboros_llm.target import probe as probing
-from ouroboros_llm.target.prepared import prepare
+from ouroboros_llm.target_model import probe as probing
+from ouroboros_llm.target_model.prepared import prepare
 
 CHECKS = [
     "versions",

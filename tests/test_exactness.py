@@ -19,8 +19,8 @@ from ouroboros_llm.drafting.base import Budget, NoDrafts, Round
 from ouroboros_llm.drafting.names import DRAFTERS
 from ouroboros_llm.drafting.recycling import KEPT
 from ouroboros_llm.sampling import Sampler
-from ouroboros_llm.target.prepared import Kind, prepare
-from ouroboros_llm.target.scripted import ScriptedTarget
+from ouroboros_llm.target_model.prepared import Kind, prepare
+from ouroboros_llm.target_model.scripted import ScriptedTarget
 
 PROMPTS = ("the cat sat on the mat, the cat sat on", "abcabcabcabc", "x", "def f(a):\n    return a\n\ndef f(a):\n" * 8)
 TOKENS = 48
@@ -240,7 +240,7 @@ def test_several_end_tokens() -> None:
 
 
 def test_long_prompts_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ouroboros_llm.target.eager.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("ouroboros_llm.target_model.eager.PREFILL_CHUNK", 16)
     for architecture in ("llama", "mistral_sliding", "gemma3_mixed", "qwen3_next_plain", "lfm2_chains"):
         wanted = plain(tiny_model(architecture), ids(PROMPTS[3]), TOKENS)
         assert decode(architecture, ids(PROMPTS[3]), NoDrafts()) == wanted

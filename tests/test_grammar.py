@@ -29,8 +29,8 @@ from ouroboros_llm.drafting.phrases import PhraseSource
 from ouroboros_llm.matching.constraint import Constraint, constraint_for
 from ouroboros_llm.matching.matcher import Matcher, matcher_for
 from ouroboros_llm.sampling import Sampler, sampler_for
-from ouroboros_llm.target.prepared import prepare
-from ouroboros_llm.target.scripted import ScriptedTarget
+from ouroboros_llm.target_model.prepared import prepare
+from ouroboros_llm.target_model.scripted import ScriptedTarget
 
 llguidance = pytest.importorskip("llguidance")
 jsonschema = pytest.importorskip("jsonschema")

@@ -20,8 +20,8 @@ from ouroboros_llm.drafting.calibration import Estimate
 from ouroboros_llm.drafting.lookahead import NAME, LookaheadDrafter, WindowWorth, gained
 from ouroboros_llm.drafting.phrases import PhraseSource, RunningText
 from ouroboros_llm.sampling import Sampler
-from ouroboros_llm.target.prepared import prepare
-from ouroboros_llm.target.scripted import ScriptedTarget
+from ouroboros_llm.target_model.prepared import prepare
+from ouroboros_llm.target_model.scripted import ScriptedTarget
 
 PROMPTS = ("the cat sat on the mat, the cat sat on", "abcabcabcabc", "x", "def f(a):\n    return a\n\ndef f(a):\n" * 4)
 TOKENS = 40

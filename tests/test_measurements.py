@@ -16,13 +16,13 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, byte_tokenizer, own_model, plain
 
-import ouroboros_llm.target.measurements
+import ouroboros_llm.target_model.measurements
 from ouroboros_llm import DecodingOptions, Ouroboros
-from ouroboros_llm.target import measurements, prepared
-from ouroboros_llm.target.measurements import BackendMeasurements, Measurements, find, keep, key_of
-from ouroboros_llm.target.pass_times import WIDTHS
-from ouroboros_llm.target.prepared import fingerprint, measure, prepare
-from ouroboros_llm.target.probe import Probe
+from ouroboros_llm.target_model import measurements, prepared
+from ouroboros_llm.target_model.measurements import BackendMeasurements, Measurements, find, keep, key_of
+from ouroboros_llm.target_model.pass_times import WIDTHS
+from ouroboros_llm.target_model.prepared import fingerprint, measure, prepare
+from ouroboros_llm.target_model.probe import Probe
 
 PROMPT = [5 + number * 7 % 90 for number in range(40)]
 OPTIONS = DecodingOptions(max_new_tokens=12)
@@ -130,7 +130,7 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(ouroboros_llm.target.measurements, "cache_folder", lambda: tmp_path / "file")
+    monkeypatch.setattr(ouroboros_llm.target_model.measurements, "cache_folder", lambda: tmp_path / "file")
     caplog.set_level(logging.INFO, "ouroboros_llm")
     keep("some", SOME)
     assert find("some") == SOME, "this process still knows"
@@ -281,8 +281,8 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from conftest import own_model
-from ouroboros_llm.target.prepared import prepare
-from ouroboros_llm.target import prepared, measurements
+from ouroboros_llm.target_model.prepared import prepare
+from ouroboros_llm.target_model import prepared, measurements
 def never(*_):
     raise AssertionError("probed again")
 if sys.argv[2] == "known":

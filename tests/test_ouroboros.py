@@ -221,7 +221,7 @@ def test_an_error_in_a_round_leaves_the_object_usable(
     tiny_ouroboros: Ouroboros, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("ouroboros_llm.target.eager.EagerTarget.verify", lambda *_: 1 / 0)
+        patch.setattr("ouroboros_llm.target_model.eager.EagerTarget.verify", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             tiny_ouroboros.generate(PROMPT, scope="c", options=OPTIONS)
     wanted = plain(tiny_ouroboros.model, tiny_ouroboros.encode(PROMPT), 40)

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from ouroboros_llm import DecodingOptions, ModelError, OptionError, Ouroboros, models
 from ouroboros_llm.defaults import shared
 from ouroboros_llm.quantization import QUANTIZATIONS, Quantization, QuantizedLinear, quantize, whole
-from ouroboros_llm.target.prepared import fingerprint, prepare
-from ouroboros_llm.target.twin import twin_of
+from ouroboros_llm.target_model.prepared import fingerprint, prepare
+from ouroboros_llm.target_model.twin import twin_of
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -106,7 +106,7 @@ def test_the_kernel_multiplies_so_too(
 ) -> None:
     """Interpreted, products of bfloat16 are not to be had, so half precision is float16."""
     pytest.importorskip("triton", reason="no Triton")
-    from ouroboros_llm.target.products import product
+    from ouroboros_llm.target_model.products import product
 
     weight = weights(outputs, inputs, dtype).to(DEVICE)
     layer = QuantizedLinear(weight, None, kind)

@@ -12,7 +12,7 @@ from ouroboros_llm.decoder import Decoder
 from ouroboros_llm.drafting.recycling import KEPT
 from ouroboros_llm.replay import History, cost_curve, replay, report, rounds
 from ouroboros_llm.sampling import Sampler
-from ouroboros_llm.target.prepared import prepare
+from ouroboros_llm.target_model.prepared import prepare
 from ouroboros_llm.traces import Trace
 
 FLAT = cost_curve("1:1,64:1")

@@ -18,7 +18,7 @@ from ouroboros_llm.drafting.phrases import PhraseSource
 from ouroboros_llm.drafting.retrieval import documents_pool, paragraphs, read_documents
 from ouroboros_llm.phrases import PhrasePool
 from ouroboros_llm.sampling import Sampler
-from ouroboros_llm.target.prepared import prepare
+from ouroboros_llm.target_model.prepared import prepare
 
 TEXTS = (
     "The wheel turns slowly.\n\nOil it twice a year, and never in winter.\n",

@@ -14,7 +14,7 @@ from ouroboros_llm.decoder import Decoder
 from ouroboros_llm.draft_tree import DraftTree, TreeBuilder
 from ouroboros_llm.drafting.base import Budget, Round
 from ouroboros_llm.sampling import Sampler
-from ouroboros_llm.target.scripted import ScriptedTarget
+from ouroboros_llm.target_model.scripted import ScriptedTarget
 
 PROMPT = "abab abab abab"
 TOKENS = 40

@@ -33,11 +33,11 @@ from ouroboros_llm import (
 )
 from ouroboros_llm.device_memory import free_bytes, needed_bytes
 from ouroboros_llm.memory_pool import MemorySource
-from ouroboros_llm.target.cache import SlotLayer
-from ouroboros_llm.target.eager import EagerTarget
-from ouroboros_llm.target.failures import out_of_memory
-from ouroboros_llm.target.packing import Packer
-from ouroboros_llm.target.prepared import prepare
+from ouroboros_llm.target_model.cache import SlotLayer
+from ouroboros_llm.target_model.eager import EagerTarget
+from ouroboros_llm.target_model.failures import out_of_memory
+from ouroboros_llm.target_model.packing import Packer
+from ouroboros_llm.target_model.prepared import prepare
 
 PATIENCE = 120
 ROOT = Path(__file__).resolve().parents[1]
@@ -555,7 +555,7 @@ def test_out_of_memory_fails_one_request_in_the_end(tiny_ouroboros: Ouroboros, m
 
 
 def test_states_that_cannot_be_rewound_are_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ouroboros_llm.target.stepwise import StepwiseTarget
+    from ouroboros_llm.target_model.stepwise import StepwiseTarget
 
     with Ouroboros(tiny_model("mamba_plain"), byte_tokenizer()) as ouroboros:
         forward, calls = StepwiseTarget._forward, []

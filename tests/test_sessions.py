@@ -34,8 +34,8 @@ from ouroboros_llm import (
     limit_kv_bytes,
 )
 from ouroboros_llm.session import Sessions
-from ouroboros_llm.target.eager import EagerTarget
-from ouroboros_llm.target.prepared import prepare
+from ouroboros_llm.target_model.eager import EagerTarget
+from ouroboros_llm.target_model.prepared import prepare
 from ouroboros_llm.workspaces import MEMORY, Workspace, WorkspaceMemory
 from ouroboros_storage import PhraseStore
 

@@ -14,19 +14,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
 
-import ouroboros_llm.target.prepared
+import ouroboros_llm.target_model.prepared
 from ouroboros_llm import DecodingOptions, OptionError, Ouroboros
 from ouroboros_llm.draft_tree import MAX_WIDTH, DraftTree, TreeBuilder
-from ouroboros_llm.target.attending import Attending
-from ouroboros_llm.target.attention import Nodes, attend
-from ouroboros_llm.target.base import Pass
-from ouroboros_llm.target.cache import SlotCache, roomy
-from ouroboros_llm.target.eager import EagerTarget
-from ouroboros_llm.target.head import Float32Head, put_float32_head
-from ouroboros_llm.target.pass_times import WIDTHS, PassTimes, padded
-from ouroboros_llm.target.prepared import PreparedModel, measure, prepare
-from ouroboros_llm.target.static import StaticForward
-from ouroboros_llm.target.twin import twin_of
+from ouroboros_llm.target_model.attending import Attending
+from ouroboros_llm.target_model.attention import Nodes, attend
+from ouroboros_llm.target_model.base import Pass
+from ouroboros_llm.target_model.cache import SlotCache, roomy
+from ouroboros_llm.target_model.eager import EagerTarget
+from ouroboros_llm.target_model.head import Float32Head, put_float32_head
+from ouroboros_llm.target_model.pass_times import WIDTHS, PassTimes, padded
+from ouroboros_llm.target_model.prepared import PreparedModel, measure, prepare
+from ouroboros_llm.target_model.static import StaticForward
+from ouroboros_llm.target_model.twin import twin_of
 
 pytestmark = pytest.mark.clock
 
@@ -398,8 +398,8 @@ def test_one_model_may_be_wrapped_in_both_ways() -> None:
 @pytest.mark.parametrize("wins", [[True] * 5, [False], [True, True, False]])
 def test_on_a_cpu_the_faster_way_is_taken(wins: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     races = iter([seconds for won in wins for seconds in ((0.8, 1.0) if won else (1.0, 1.0))])
-    monkeypatch.setattr(ouroboros_llm.target.prepared, "_seconds", lambda target: next(races))
-    monkeypatch.setattr(ouroboros_llm.target.prepared, "_LONG", 10.0)
+    monkeypatch.setattr(ouroboros_llm.target_model.prepared, "_seconds", lambda target: next(races))
+    monkeypatch.setattr(ouroboros_llm.target_model.prepared, "_LONG", 10.0)
     model = own_model("qwen3")
     assert prepare(model).way.static is None, "nothing is raced before an answer"
     assert len(list(measure(model))) == 1 + len(wins)
@@ -411,8 +411,8 @@ def test_on_a_cpu_the_faster_way_is_taken(wins: list[bool], monkeypatch: pytest.
 
 
 def test_long_passes_are_not_raced_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ouroboros_llm.target.prepared, "_LONG", 0.0)
-    monkeypatch.setattr(ouroboros_llm.target.prepared, "StaticForward", None)
+    monkeypatch.setattr(ouroboros_llm.target_model.prepared, "_LONG", 0.0)
+    monkeypatch.setattr(ouroboros_llm.target_model.prepared, "StaticForward", None)
     model = own_model("qwen3")
     prepare(model)
     assert list(measure(model)) == [] and prepare(model).way.static is None

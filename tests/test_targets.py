@@ -11,11 +11,11 @@ from conftest import ARCHITECTURES, MORE_ARCHITECTURES, STATIC, tiny_model
 
 from ouroboros_llm import ModelError
 from ouroboros_llm.draft_tree import DraftTree
-from ouroboros_llm.target.base import TargetModel
-from ouroboros_llm.target.eager import EagerTarget
-from ouroboros_llm.target.pass_times import WIDTHS, PassTimes
-from ouroboros_llm.target.prepared import Kind, PreparedModel, locked, prepare
-from ouroboros_llm.target.scripted import ScriptedTarget
+from ouroboros_llm.target_model.base import TargetModel
+from ouroboros_llm.target_model.eager import EagerTarget
+from ouroboros_llm.target_model.pass_times import WIDTHS, PassTimes
+from ouroboros_llm.target_model.prepared import Kind, PreparedModel, locked, prepare
+from ouroboros_llm.target_model.scripted import ScriptedTarget
 
 pytestmark = pytest.mark.clock
 

@@ -18,8 +18,8 @@ from packaging.version import Version
 from transformers import DynamicCache
 
 from ouroboros_llm import LibraryVersionError, ModelError, custom_generate, transformers_api
-from ouroboros_llm.target.eager import EagerTarget
-from ouroboros_llm.target.prepared import prepare
+from ouroboros_llm.target_model.eager import EagerTarget
+from ouroboros_llm.target_model.prepared import prepare
 from ouroboros_llm.transformers_api import (
     CacheLayer,
     ForwardSignature,

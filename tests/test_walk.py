@@ -18,14 +18,14 @@ from ouroboros_llm.decoder import Decoder, likeliest_tokens
 from ouroboros_llm.draft_tree import MAX_WIDTH, DraftTree
 from ouroboros_llm.drafting.base import Round
 from ouroboros_llm.sampling import Sampler
-from ouroboros_llm.target import walk
-from ouroboros_llm.target.attention import Nodes
-from ouroboros_llm.target.base import Greedy, Pass, Walked
-from ouroboros_llm.target.eager import EagerTarget
-from ouroboros_llm.target.in_place import InPlace
-from ouroboros_llm.target.pass_times import padded
-from ouroboros_llm.target.prepared import prepare
-from ouroboros_llm.target.static import StaticForward
+from ouroboros_llm.target_model import walk
+from ouroboros_llm.target_model.attention import Nodes
+from ouroboros_llm.target_model.base import Greedy, Pass, Walked
+from ouroboros_llm.target_model.eager import EagerTarget
+from ouroboros_llm.target_model.in_place import InPlace
+from ouroboros_llm.target_model.pass_times import padded
+from ouroboros_llm.target_model.prepared import prepare
+from ouroboros_llm.target_model.static import StaticForward
 from ouroboros_llm.verification import accept
 
 CPU = torch.device("cpu")
@@ -243,7 +243,7 @@ def test_a_pass_with_its_walk_is_one_graph_that_never_waits(architecture: str) -
 
 def test_nodes_are_moved_by_the_kernel_though_they_overlap() -> None:
     pytest.importorskip("triton", reason="no Triton")
-    from ouroboros_llm.target import kernels
+    from ouroboros_llm.target_model import kernels
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)

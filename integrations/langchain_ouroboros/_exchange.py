@@ -14,18 +14,8 @@ from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 
 from ouroboros_llm import GenerationResult, Piece, Usage
-from ouroboros_llm.replies import (
-    ArgumentsDelta,
-    CallEnd,
-    CallStart,
-    ContentDelta,
-    Delta,
-    ReasoningDelta,
-    spoiled,
-)
-from ouroboros_llm.replies import (
-    exchange as replies,
-)
+from ouroboros_llm.replies import ArgumentsDelta, CallEnd, CallStart, ContentDelta, Delta, ReasoningDelta, spoiled
+from ouroboros_llm.replies import exchange as replies
 from ouroboros_llm.replies.asked import Asked
 from ouroboros_llm.stream import ashown, off_the_loop, shown
 

@@ -14,9 +14,9 @@ from ..draft_tree import DraftTree, TreeBuilder
 from ..drafting.base import NoDrafts
 from ..drafting.recycling import KEPT
 from ..sampling import Sampler
-from ..target.base import Greedy, Pass, Walked
-from ..target.pass_times import WIDTHS
-from ..target.prepared import PreparedModel, prepare
+from ..target_model.base import Greedy, Pass, Walked
+from ..target_model.pass_times import WIDTHS
+from ..target_model.prepared import PreparedModel, prepare
 from ..transformers_api import DynamicCache, forward_signature
 from ..verification import accept
 from .device import profile, seconds_of

@@ -93,7 +93,7 @@ def processor() -> Check:
     import torch
 
     from ..device_memory import free_bytes
-    from ..target.measurements import processor_name
+    from ..target_model.measurements import processor_name
 
     free = free_bytes(torch.device("cpu"))
     facts = {

@@ -70,7 +70,7 @@ def memory(ouroboros: Ouroboros) -> Check:
 def speed(ouroboros: Ouroboros) -> Check:
     """Time passes over one token and deduce rates by mean acceptance length."""
     from ..draft_tree import DraftTree
-    from ..target.prepared import locked
+    from ..target_model.prepared import locked
 
     prepared = ouroboros._prepared
     target: Any = prepared.start()
