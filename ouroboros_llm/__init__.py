@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .drafting.retrieval import documents_pool, read_documents
+    from .custom_generate import custom_generate
     from .errors import (
         ContextLengthError,
         LibraryVersionError,
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
         TokenizerMismatchError,
         UnknownModelError,
     )
-    from .generation import custom_generate
-    from .grammar import Grammar
-    from .memory_pool import MemoryPool
+    from .grammar.base import Grammar
     from .options import DecodingOptions
     from .ouroboros import Ouroboros
-    from .phrases import Phrase, PhrasePool, PoolSource
+    from .phrase_pool.base import Phrase, PhrasePool, PoolSource
+    from .phrase_pool.documents import documents_pool, read_documents
+    from .phrase_pool.memory import MemoryPool
     from .progress import show_progress
+    from .results import DecodingStatistics, GenerationResult, Piece, Usage
     from .scopes import ouroboros_scope
-    from .statistics import DecodingStatistics, GenerationResult, Piece, Usage
-    from .stream import Stream
-    from .workspaces import KVUsage, kv_usage, limit_kv_bytes
+    from .serving.stream import Stream
+    from .sessions.prefix_cache import KVUsage, kv_usage, limit_kv_bytes
 
 __version__ = "0.1.0"
 
@@ -76,43 +76,38 @@ __all__ = [
 ]
 
 # Imported on first use, so that `ouroboros --help` does not wait for torch.
-_MODULES = {
-    "ContextLengthError": "errors",
-    "LibraryVersionError": "errors",
-    "MemoryLimitError": "errors",
-    "MissingExtraError": "errors",
-    "ModelDownloadError": "errors",
-    "ModelError": "errors",
-    "OptionError": "errors",
-    "OuroborosError": "errors",
-    "PromptError": "errors",
-    "SnapshotError": "errors",
-    "QueueFullError": "errors",
-    "RequestTimeoutError": "errors",
-    "StoreError": "errors",
-    "TokenizerMismatchError": "errors",
-    "UnknownModelError": "errors",
-    "custom_generate": "generation",
-    "Grammar": "grammar",
-    "documents_pool": "drafting.retrieval",
-    "read_documents": "drafting.retrieval",
-    "DecodingOptions": "options",
-    "Ouroboros": "ouroboros",
-    "MemoryPool": "memory_pool",
-    "Phrase": "phrases",
-    "PhrasePool": "phrases",
-    "PoolSource": "phrases",
-    "ouroboros_scope": "scopes",
-    "show_progress": "progress",
-    "DecodingStatistics": "statistics",
-    "GenerationResult": "statistics",
-    "Piece": "statistics",
-    "Usage": "statistics",
-    "KVUsage": "workspaces",
-    "kv_usage": "workspaces",
-    "limit_kv_bytes": "workspaces",
-    "Stream": "stream",
+_NAMES = {
+    "custom_generate": ("custom_generate",),
+    "errors": (
+        "ContextLengthError",
+        "LibraryVersionError",
+        "MemoryLimitError",
+        "MissingExtraError",
+        "ModelDownloadError",
+        "ModelError",
+        "OptionError",
+        "OuroborosError",
+        "PromptError",
+        "QueueFullError",
+        "RequestTimeoutError",
+        "SnapshotError",
+        "StoreError",
+        "TokenizerMismatchError",
+        "UnknownModelError",
+    ),
+    "grammar.base": ("Grammar",),
+    "options": ("DecodingOptions",),
+    "ouroboros": ("Ouroboros",),
+    "phrase_pool.base": ("Phrase", "PhrasePool", "PoolSource"),
+    "phrase_pool.documents": ("documents_pool", "read_documents"),
+    "phrase_pool.memory": ("MemoryPool",),
+    "progress": ("show_progress",),
+    "results": ("DecodingStatistics", "GenerationResult", "Piece", "Usage"),
+    "scopes": ("ouroboros_scope",),
+    "serving.stream": ("Stream",),
+    "sessions.prefix_cache": ("KVUsage", "kv_usage", "limit_kv_bytes"),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

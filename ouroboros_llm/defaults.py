@@ -12,8 +12,8 @@ from platformdirs import user_data_path
 
 if TYPE_CHECKING:
     from .ouroboros import Ouroboros
-    from .quantization import Quantization
     from .target_model.prepared import Kind
+    from .target_model.quantization import Quantization
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -85,7 +85,7 @@ def shared(
 
 
 def _load(name: str, device: str, dtype: Any, quantization: Quantization | None = None) -> Any:
-    from . import models
+    from .models import loading as models
 
     key = (name, device, str(dtype), quantization)
     if key not in _weights:

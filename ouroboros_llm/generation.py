@@ -1,129 +1,299 @@
-"""`model.generate(..., custom_generate=ouroboros_llm.custom_generate)`: our rounds inside the library's own call."""
+"""One generation, from token ids to pieces of text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from time import perf_counter
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 
-from .decoder import Decoder
-from .drafting.answers import answer_source, note_answer
-from .drafting.base import Round
-from .drafting.blend import Blend
-from .drafting.memory import Memory, sources
-from .drafting.names import DEFAULT_DRAFTERS
-from .drafting.recycling import KEPT
-from .errors import OptionError
-from .phrases import PhrasePool
-from .sampling import Sampler, end_token_ids
-from .target_model.eager import vocabulary_size
-from .target_model.prepared import PreparedModel, locked, prepare
-from .transformers_api import PREPARED_ARGUMENTS, arguments_of_generate, filled_cache, generate_output
+from .chat.text import Transcript
+from .decoding.decoder import Decoder
+from .decoding.draft_tree import MAX_WIDTH, DraftTree
+from .decoding.drafter import Drafter, NoDrafts, Round
+from .decoding.sampling import sampler_for
+from .decoding.target import Pass, TargetModel, ask
+from .drafting import lookahead
+from .drafting.base import Source
+from .drafting.cached_answer import answer_source, note_answer
+from .drafting.cost_gate import PayingDrafter
+from .drafting.draft_model import ALTERNATIVES, DraftModel, DraftModelDrafter
+from .drafting.forced_tokens import GrammarSource
+from .drafting.learned_state import sources
+from .drafting.phrases import PhraseSource, RunningText
+from .drafting.token_recycling import KEPT
+from .drafting.tree_drafter import Blend
+from .errors import MemoryLimitError
+from .grammar.constraint import Constraint
+from .model_config import end_token_ids
+from .options import DEFAULT_DRAFTERS, DecodingOptions
+from .phrase_pool.base import PhrasePool
+from .results import FinishReason, GenerationResult, Piece, Tally, Usage
+from .serving.request import Steps
+from .sessions.prefix_cache import Workspace, chunk_ends
+from .sessions.session import Session
+from .target_model.failures import out_of_memory
+from .target_model.prepared import PreparedModel, locked
 
-_UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-
-
-def custom_generate(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    logits_processor: Any = None,
-    stopping_criteria: Any = None,
-    generation_config: GenerationConfig | None = None,
-    phrase_pool: PhrasePool | None = None,
-    ouroboros_streamer: Any = None,
-    **model_kwargs: Any,
-) -> Any:
-    """A decoding method for `model.generate`: the same tokens, several per pass where phrases are known.
-
-    Call it as `model.generate(**inputs, custom_generate=custom_generate, phrase_pool=pool)`. Logits
-    processors, stopping criteria, sampling and `torch.manual_seed` work as without it.
-
-    Args:
-        phrase_pool: where phrases are looked up, and where this output goes, with hashes of the prompt; None: the
-            prompt and the output alone.
-        ouroboros_streamer: what `streamer` is elsewhere; `generate` does not hand that one on to callables. It gets
-            one round's tokens at a time.
-
-    Returns:
-        Token ids [1, length], prompt included, or a `GenerateDecoderOnlyOutput` of them if the configuration says so.
-
-    Raises:
-        OptionError: for what is not honored: batches, beams, several sequences, an assistant model, padding, scores.
-    """
-    config = generation_config or model.generation_config
-    _check(model, config, input_ids, model_kwargs)
-    prompt = input_ids[0].tolist()
-    prepared = prepare(model)
-    memory = Memory.recall(phrase_pool, prepared.fingerprint) if phrase_pool is not None else Memory()
-    sampling, pools = bool(config.do_sample), [] if phrase_pool is None else [phrase_pool]
-    answer = answer_source(pools, prepared.fingerprint, prompt, sampling=sampling)
-    found = sources(DEFAULT_DRAFTERS, memory, answer=answer, write=phrase_pool, sampling=sampling)
-    decoder = Decoder(prepared.start(), Blend(found, memory.calibration), successors=KEPT)
-    sampler = Sampler(logits_processor or (), sample=sampling)
-    rounds = decoder.rounds(
-        prompt, sampler, limit=int(config.max_length or 0) - len(prompt), end_token_ids=end_token_ids(config)
-    )
-    output: list[int] = []
-    for token_ids in _until_stopped(_locked(prepared, rounds), input_ids, stopping_criteria):
-        output += token_ids
-        if ouroboros_streamer is not None:
-            ouroboros_streamer.put(torch.tensor(token_ids))
-    if phrase_pool is not None:
-        phrase_pool.add(output)
-        note_answer(phrase_pool, prepared.fingerprint, prompt, output)
-        memory.remember(phrase_pool, prepared.fingerprint)
-    if ouroboros_streamer is not None:
-        ouroboros_streamer.end()
-    sequences: Any = torch.cat(
-        [input_ids, torch.tensor([output], dtype=input_ids.dtype, device=input_ids.device)], dim=1
-    )
-    return generate_output(sequences) if config.return_dict_in_generate else sequences
+Rounds = Generator[Pass | Round | None, torch.Tensor | None, None]
 
 
-def _locked(prepared: PreparedModel, rounds: Iterator[Round]) -> Iterator[Round]:
-    while True:
-        with locked(prepared):
-            round = next(rounds, None)
-        if round is None:
+class Turn:
+    """Answers one prompt with one workspace, a step at a time. Steps run under the model's lock."""
+
+    def __init__(
+        self,
+        prepared: PreparedModel,
+        draft: PreparedModel | None,
+        tokenizer: PreTrainedTokenizerBase,
+        session: Session,
+        workspace: Workspace,
+        *,
+        write: PhrasePool,
+        read: Sequence[PhrasePool],
+        also: Sequence[PhrasePool] = (),
+        documents: PhrasePool | None = None,
+        corpora: Sequence[PhrasePool] = (),
+        prompt_ids: list[int],
+        limit: int,
+        options: DecodingOptions,
+        constraint: Constraint | None = None,
+        dropped: int = 0,
+        cancelled: Callable[[], bool] = lambda: False,
+        spare: Callable[[], None] = lambda: None,
+        kept_tokens: Mapping[int, str] | None = None,
+    ) -> None:
+        """`write`: the pool of the session's scope; `read`: further pools; `also`: pools that the answer is added to,
+        besides; `documents`, `corpora`: texts that answers may quote; `limit`: tokens to generate at most;
+        `constraint`: what the options' grammar makes of this text; `dropped`: tokens left out of the prompt;
+        `cancelled`: asked before every step; `spare`: gives memory back that others can do without; `kept_tokens`:
+        special tokens that the text shows."""
+        self._prepared, self._draft = prepared, draft
+        self._session, self._workspace, self._write, self._also = session, workspace, write, also
+        self._prompt_ids, self._limit, self._options, self._dropped = prompt_ids, limit, options, dropped
+        self._constraint = constraint
+        self._cancelled, self._spare = cancelled, spare
+        self._end_token_ids = end_token_ids(prepared.model.generation_config)
+        self._transcript = Transcript(tokenizer, options.stop, self._end_token_ids, kept_tokens)
+        self._drafter, self._draft_model = self._blend(read, documents, corpora)
+        self._sampler = sampler_for(prepared.model, options, len(prompt_ids), limit, prepared.probe.margin, constraint)
+        self._tally = Tally()
+        self._lean, self._draft_forwards = False, 0
+
+    def steps(self) -> Steps[Piece]:
+        """Text as it comes, None after a step that brought none, before that the pass that a step wants if others may
+        share it; returns the last piece, which carries the result.
+
+        What was said is learned even if nobody listens on.
+
+        Raises:
+            MemoryLimitError: the device's memory does not even suffice without drafts and without idle caches.
+        """
+        cached = self._workspace.target.common_prefix(self._prompt_ids)
+        rounds = self._rounds()
+        try:
+            while (reason := self._reason()) is None:
+                found = next(rounds)
+                while isinstance(found, Pass):
+                    found = rounds.send((yield found))
+                yield None if found is None else Piece(*self._transcript.push(found.token_ids))
+            tail = self._transcript.flush()
+        finally:
+            for pool in (self._write, *self._also):
+                pool.add(self._transcript.token_ids)
+            self._remember()
+        return Piece(tail, (), self._result(cached, reason))
+
+    def _reason(self) -> FinishReason | None:
+        """Why the answer ends here, if it does."""
+        if self._transcript.ended:
+            return "stop"
+        said, rounds = len(self._transcript.token_ids), self._tally.rounds
+        if said >= self._limit or (said and rounds >= (self._options.max_rounds or sys.maxsize)):
+            return "length"
+        return "cancelled" if self._cancelled() else None
+
+    def _remember(self) -> None:
+        """Keep what was learned with the scope, unless that was deleted meanwhile."""
+        session = self._session
+        if getattr(self._write, "generation", None) != session.generation:
             return
-        yield round
+        model, answer = self._prepared.fingerprint, self._transcript.token_ids
+        session.memory.remember(self._write, model, self._also)
+        for pool in (self._write, *self._also):
+            note_answer(pool, model, self._prompt_ids, answer, ending=pool is self._write)
+        if self._draft is not None:
+            session.draft_memory.remember(self._write, self._draft.fingerprint, self._also)
 
+    def _rounds(self) -> Rounds:
+        """The rounds, and None after a step that only read; before each the pass that it wants, if others may share
+        it. What runs out of memory is tried again with less."""
+        remedies: tuple[Callable[[], None], ...] = (lambda: None, self._drop_drafts, self._drop_caches)
+        for remedy in remedies:
+            remedy()
+            decoding, logits = self._decoding(), None
+            while True:
+                mark = self._sampler.mark()
+                try:
+                    with self._timed():
+                        found = decoding.send(logits)
+                except Exception as error:
+                    if not out_of_memory(error):
+                        raise
+                    reason = str(error)
+                    break  # out of the handler, which keeps the tensors of the failed pass alive
+                logits = None
+                if isinstance(found, Round):
+                    self._tally.add(found)
+                if not isinstance(found, Pass):
+                    yield found
+                # In a pass made with others, near-ties could go the other way.
+                elif found.packer is not None and not self._options.exact:
+                    logits = yield found
+                    self._tally.seconds += found.seconds
+            # The choices of a round that failed are made again.
+            self._sampler.back_to(mark)
+        raise MemoryLimitError(
+            f"the device ran out of memory after {len(self._prompt_ids)} tokens of prompt and "
+            f"{len(self._transcript.token_ids)} of output, without drafts and idle caches too; shorten the prompt, "
+            f"lower max_new_tokens or max_active, or load the model in a smaller dtype ({reason.splitlines()[0]})"
+        )
 
-def _until_stopped(rounds: Iterator[Round], input_ids: torch.Tensor, criteria: Any) -> Iterator[list[int]]:
-    """Each round's tokens, cut behind the first at which the criteria hold: they want to be asked after every token."""
-    text = input_ids
-    for round in rounds:
-        taken: list[int] = []
-        for token_id in round.token_ids:
-            taken.append(token_id)
-            text = torch.cat([text, text.new_tensor([[token_id]])], dim=1)
-            if criteria and bool(torch.as_tensor(criteria(text, None)).all()):
-                yield taken
-                return
-        yield taken
+    def _decoding(self) -> Rounds:
+        """From the text so far to its end."""
+        context = [*self._prompt_ids, *self._transcript.token_ids]
+        target = self._workspace.target
+        # Long prompts are read in chunks, a step each; what is left fits into the first round.
+        for end in chunk_ends(target, context):
+            chunk = Pass(target, DraftTree.root(context[end - 1]), context[:end])
+            yield from ask(chunk)
+            self._tally.add_pass(chunk.seconds)
+            yield None
+        width = 1 if self._lean else self._width
+        decoder = Decoder(
+            target,
+            self._drafter,
+            width=width,
+            successors=KEPT if "recycling" in self._names and width != 1 else 0,
+            # A pass with a draft reads the prompt through another kernel, which rounds it differently.
+            prefill_drafts=not self._options.exact,
+        )
+        limit = self._limit - len(self._transcript.token_ids)
+        yield from decoder.steps(context, self._sampler, limit=limit, end_token_ids=self._end_token_ids)
 
+    @property
+    def _width(self) -> int | None:
+        options = self._options
+        if options.exact and not options.greedy:
+            # Rounding moves more than near-ties: probabilities, and which tokens survive a cut-off.
+            return 1
+        return None if options.max_draft_tokens is None else min(1 + options.max_draft_tokens, MAX_WIDTH)
 
-def _check(
-    model: PreTrainedModel, config: GenerationConfig, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
-) -> None:
-    given = arguments_of_generate()
-    mask, cache = model_kwargs.get("attention_mask"), filled_cache(model_kwargs)
-    refused = {
-        f"num_beams={config.num_beams}": (config.num_beams or 1) > 1,
-        f"num_return_sequences={config.num_return_sequences}": (config.num_return_sequences or 1) > 1,
-        f"a batch of {len(input_ids)}": len(input_ids) > 1,
-        "an empty prompt": input_ids.shape[1] == 0,
-        "token ids outside the vocabulary": bool((input_ids >= vocabulary_size(model)).any()),
-        "padding in attention_mask": mask is not None and not bool(mask.all()),
-        f"a filled {cache}": cache is not None,
-        "assistant_model": given.get("assistant_model") is not None,
-        "streamer (pass it as ouroboros_streamer)": given.get("streamer") is not None,
-        f"prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}": bool(config.prompt_lookup_num_tokens),
-        **{name: bool(getattr(config, name, None)) for name in _UNSUPPORTED_OUTPUTS},
-        **{name: value is not None for name, value in model_kwargs.items() if name not in PREPARED_ARGUMENTS},
-    }
-    if wrong := [name for name, given in refused.items() if given]:
-        names = ", ".join(wrong)
-        raise OptionError(f"custom_generate decodes one sequence from its tokens alone; it does not honor {names}")
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        with locked(self._prepared, self._draft):
+            began = perf_counter()
+            try:
+                yield
+            finally:
+                self._tally.seconds += perf_counter() - began
+
+    def _drop_drafts(self) -> None:
+        """From here on a token a pass, after what was committed before the pass that failed."""
+        self._lean = True
+        target = self._workspace.target
+        if target.can_rewind:
+            target.rewind(len(target.token_ids))
+        else:
+            self._workspace.target = self._prepared.start(marks=True)
+
+    def _drop_caches(self) -> None:
+        """Let go of all keys and values that nobody is using, and of this turn's own, which are read anew."""
+        if self._draft_model is not None:
+            self._draft_forwards = self._draft_model.forwards
+        self._drafter, self._draft_model = NoDrafts(), None
+        self._workspace.target = self._prepared.start(marks=True)
+        self._workspace.draft_target = self._draft.start() if self._draft else None
+        self._spare()
+
+    @property
+    def _names(self) -> Sequence[str]:
+        return DEFAULT_DRAFTERS if self._options.drafters is None else self._options.drafters
+
+    def _blend(
+        self, read: Sequence[PhrasePool], documents: PhrasePool | None, corpora: Sequence[PhrasePool]
+    ) -> tuple[Drafter, DraftModel | None]:
+        names = self._names
+        memory, text = self._session.memory, RunningText()
+        sampling = not self._options.greedy
+        books = (self._write, *read) if "phrases" in names else ()
+        answer = answer_source(books, self._prepared.fingerprint, self._prompt_ids, sampling=sampling)
+        found = sources(
+            names,
+            memory,
+            text=text,
+            answer=answer,
+            write=self._write,
+            read=read,
+            documents=documents,
+            corpora=corpora,
+            sampling=sampling,
+        )
+        found = [*self._window_phrases(names), *found]
+        if self._constraint is not None:
+            found.insert(0, GrammarSource(self._constraint.place))
+        if self._workspace.draft_target is None or "draft_model" not in names:
+            blend, sure = Blend(found, memory.calibration), None if answer is None else answer.goes_on
+            paying = PayingDrafter(blend, self._pass_seconds(), self._session.worth, sure=sure)
+            return self._with_window(names, paying), None
+        model = self._draft_model_of(self._workspace.draft_target, names, text, read)
+        drafter = DraftModelDrafter(
+            model,
+            Blend([model, *found], memory.calibration),
+            pass_seconds=self._pass_seconds(),
+            worth=self._session.draft_worth,
+        )
+        return drafter, model
+
+    def _pass_seconds(self) -> Callable[[], float | None]:
+        # Not through `self`: a turn in a cycle would hold on to keys and values until the garbage collector comes.
+        times, packer = self._prepared.pass_times, self._prepared.packer
+        return lambda: times.one if packer is None else packer.seconds
+
+    def _draft_model_of(
+        self, target: TargetModel, names: Sequence[str], text: RunningText, read: Sequence[PhrasePool]
+    ) -> DraftModel:
+        """The draft model reads the same phrases; what the target makes of its drafts flows back through them."""
+        memory = self._session.draft_memory
+        shared = PhraseSource("text", text.pool, after="prompt")
+        own = sources(names, memory, text=shared, write=self._write, read=read, learns=False, after="prompt")
+        drafter = self._with_window(names, Blend([*self._window_phrases(names), *own], memory.calibration))
+        return DraftModel(
+            Decoder(target, drafter, successors=ALTERNATIVES),
+            self._session.memory.calibration,
+            end_token_ids=self._end_token_ids,
+            context_length=self._draft.context_length if self._draft else None,
+        )
+
+    def _window_phrases(self, names: Sequence[str]) -> list[Source]:
+        """What lookahead windows found so far."""
+        window = self._session.window
+        return [PhraseSource(lookahead.NAME, window.pool, after="prompt")] if lookahead.NAME in names else []
+
+    def _with_window(self, names: Sequence[str], drafter: Drafter) -> Drafter:
+        """`drafter` with a lookahead window beside its drafts, where that was asked for and as long as it pays."""
+        if lookahead.NAME not in names:
+            return drafter
+        window = self._session.window
+        return lookahead.LookaheadDrafter(drafter, window.pool, window=10, length=5, worth=window.worth)
+
+    def _result(self, cached: int, reason: FinishReason) -> GenerationResult:
+        token_ids = tuple(self._transcript.token_ids)
+        reason = "stop" if self._transcript.ended else reason  # the text held back may have completed a stop string
+        draft_forwards = self._draft_model.forwards if self._draft_model else self._draft_forwards
+        usage = Usage(len(self._prompt_ids), len(token_ids), cached, self._dropped)
+        statistics = self._tally.statistics(len(token_ids), draft_forwards)
+        return GenerationResult(self._transcript.text, token_ids, reason, usage, statistics)

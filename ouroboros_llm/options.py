@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from .drafting.names import check_drafters
 from .errors import OptionError
-from .grammar import Grammar
+from .grammar.base import Grammar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,3 +159,17 @@ def spread(name: str, value: Any, count: int) -> list[Any]:
 
 SETTINGS = tuple("max_tokens" if one.name == "max_new_tokens" else one.name for one in fields(DecodingOptions))
 """The options as frameworks call them."""
+
+
+DRAFTERS = ("phrases", "recycling", "retrieval", "draft_model", "lookahead")
+"""What can be switched on and off by name."""
+
+DEFAULT_DRAFTERS = ("phrases", "recycling", "retrieval", "draft_model")
+"""Lookahead widens every pass for phrases that may come; it is on request."""
+
+
+def check_drafters(drafters: object, name: str = "drafters") -> tuple[str, ...]:
+    """`drafters` as a tuple; raises OptionError where one is unknown."""
+    if isinstance(drafters, str) or not isinstance(drafters, Collection) or not set(drafters) <= set(DRAFTERS):
+        raise OptionError(f"{name} must be some of {', '.join(map(repr, DRAFTERS))}, but got {drafters!r:.80}")
+    return tuple(drafters)

@@ -16,28 +16,28 @@ from typing import Any, TypedDict, Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .context_window import Fitted, fit
-from .corpus import Corpora, Indexed, Texts, is_corpus
-from .draft_pair import load_draft
+from .chat.context_window import Fitted, fit
+from .chat.text import Prompt, encode, vocabulary_hash
+from .drafting.draft_model import load_draft
 from .errors import OptionError, PromptError
-from .matching.constraint import Constraint, constraint_for
-from .memory_pool import MemorySource
-from .model_sessions import ModelSessions
+from .generation import Turn
+from .grammar.constraint import Constraint, constraint_for
 from .options import DecodingOptions, check_whole, spread
-from .phrases import PhrasePool, PoolSource, check_scope, check_scopes
-from .quantization import Quantization
-from .request import Request, RequestClock, Steps
+from .phrase_pool.base import PhrasePool, PoolSource, check_scope, check_scopes
+from .phrase_pool.corpus import Corpora, Indexed, Texts, is_corpus
+from .phrase_pool.memory import MemorySource
+from .phrase_pool.opening import flush, open_pool, open_source
+from .results import GenerationResult, Piece
 from .scopes import current_scope
-from .session import Session
-from .sources import flush, open_pool, open_source
-from .statistics import GenerationResult, Piece
-from .stream import Stream, off_the_loop, results
+from .serving.request import Request, RequestClock, Steps
+from .serving.scheduler import worker_of
+from .serving.stream import Stream, off_the_loop, results
+from .sessions.model_sessions import ModelSessions
+from .sessions.prefix_cache import KVUsage
+from .sessions.session import Session
 from .target_model.eager import vocabulary_size
 from .target_model.prepared import KINDS, Kind, keep_measurements, measure, prepare
-from .text import Prompt, encode, vocabulary_hash
-from .turn import Turn
-from .worker import worker_of
-from .workspaces import KVUsage
+from .target_model.quantization import Quantization
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class Ouroboros:
     ) -> Ouroboros:
         """Load a model by registry name, local path or hub id. See `Ouroboros` and `models.load` for the arguments;
         `quantization` is the target model's, a draft model named here stays as it is."""
-        from . import models
+        from .models import loading as models
 
         loaded = models.load(name, device=device, dtype=dtype, quantization=quantization)
         ouroboros = cls(

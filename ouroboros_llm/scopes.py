@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from hashlib import sha256
 
 from .errors import OptionError
-from .phrases import check_scope
+from .phrase_pool.base import check_scope
 
 _current: ContextVar[str | None] = ContextVar("ouroboros_scope", default=None)
 

@@ -12,12 +12,12 @@ import tracemalloc
 from statistics import median, quantiles
 from time import perf_counter
 
-from ouroboros_llm.drafting.base import Budget
-from ouroboros_llm.drafting.blend import Blend
+from ouroboros_llm.bench.traces import read_traces
+from ouroboros_llm.decoding.drafter import Budget
 from ouroboros_llm.drafting.calibration import Calibration
 from ouroboros_llm.drafting.phrases import PhraseSource, RunningText
-from ouroboros_llm.memory_pool import MemoryPool, Run
-from ouroboros_llm.traces import read_traces
+from ouroboros_llm.drafting.tree_drafter import Blend
+from ouroboros_llm.phrase_pool.memory import MemoryPool, Run
 
 TOKENS = 1_000_000
 DRAFTS = 2000

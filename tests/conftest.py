@@ -48,14 +48,14 @@ from transformers import (
 )
 
 from ouroboros_llm import Ouroboros, PhrasePool
-from ouroboros_llm.drafting.blend import Blend
-from ouroboros_llm.drafting.memory import Memory, sources
-from ouroboros_llm.drafting.worth import Worth
+from ouroboros_llm.drafting.cost_gate import Worth
+from ouroboros_llm.drafting.learned_state import Memory, sources
+from ouroboros_llm.drafting.tree_drafter import Blend
+from ouroboros_llm.serving.scheduler import worker_of
 from ouroboros_llm.target_model import measurements, prepared
+from ouroboros_llm.target_model.batching import Packer
 from ouroboros_llm.target_model.eager import EagerTarget
-from ouroboros_llm.target_model.packing import Packer
 from ouroboros_llm.target_model.prepared import fingerprint
-from ouroboros_llm.worker import worker_of
 from ouroboros_storage import database, sqlite_file
 
 __all__ = ["pytest_deselected", "pytest_sessionfinish", "pytest_terminal_summary", "pytest_testnodedown"]  # hooks

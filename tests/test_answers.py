@@ -9,22 +9,15 @@ import pytest
 import torch
 from conftest import byte_tokenizer, plain, tiny_model
 
-from ouroboros_llm import (
-    DecodingOptions,
-    GenerationResult,
-    Grammar,
-    MemoryPool,
-    Ouroboros,
-    custom_generate,
-    memory_pool,
-)
-from ouroboros_llm.draft_tree import DraftTree
-from ouroboros_llm.drafting.answers import NAME, AnswerSource, KnownAnswer, known_answer, note_answer
-from ouroboros_llm.drafting.base import Budget, Round
-from ouroboros_llm.drafting.blend import Blend
-from ouroboros_llm.drafting.memory import Memory, sources
-from ouroboros_llm.drafting.worth import Worth
-from ouroboros_llm.phrases import ANSWERS, AnswerBook, Phrase, PhrasePool, PoolStats, run_key
+from ouroboros_llm import DecodingOptions, GenerationResult, Grammar, MemoryPool, Ouroboros, custom_generate
+from ouroboros_llm.decoding.draft_tree import DraftTree
+from ouroboros_llm.decoding.drafter import Budget, Round
+from ouroboros_llm.drafting.cached_answer import NAME, AnswerSource, KnownAnswer, known_answer, note_answer
+from ouroboros_llm.drafting.cost_gate import Worth
+from ouroboros_llm.drafting.learned_state import Memory, sources
+from ouroboros_llm.drafting.tree_drafter import Blend
+from ouroboros_llm.phrase_pool import memory as memory_pool
+from ouroboros_llm.phrase_pool.base import ANSWERS, AnswerBook, Phrase, PhrasePool, PoolStats, run_key
 from ouroboros_storage import PhraseStore, upkeep
 from ouroboros_storage.pool import LayeredPool
 

@@ -18,7 +18,7 @@ from ouroboros_llm.bench.report import conditions, figures, machine, summarize
 from ouroboros_llm.bench.results import Results
 from ouroboros_llm.bench.side_by_side import Record, SideBySide, first_difference, logit_gap
 from ouroboros_llm.bench.tables import COLUMNS, cells, conditions_line, markdown, tables
-from ouroboros_llm.models import LoadedModel
+from ouroboros_llm.models.loading import LoadedModel
 
 TEXTS = ["the cat sat on the mat, the cat", "abcabcabc", "one two one two"]
 OURS = ("plain", "prompt_lookup", "ouroboros", "ouroboros_warm", "ouroboros_repeated")

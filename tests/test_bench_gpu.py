@@ -21,8 +21,8 @@ from ouroboros_llm.bench.shapes import SHAPES, TINY, bytes_read, choose_shapes, 
 from ouroboros_llm.bench.side_by_side import Record
 from ouroboros_llm.bench.steps import _our_round
 from ouroboros_llm.cli import main
-from ouroboros_llm.models import LoadedModel
-from ouroboros_llm.target_model.pass_times import WIDTHS
+from ouroboros_llm.models.loading import LoadedModel
+from ouroboros_llm.target_model.latency import WIDTHS
 from ouroboros_llm.target_model.prepared import prepare
 
 

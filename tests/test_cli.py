@@ -14,9 +14,10 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import byte_tokenizer, tiny_model
 
-from ouroboros_llm import PromptError, __version__, models
+from ouroboros_llm import PromptError, __version__
 from ouroboros_llm.bench.methods import METHODS, Stream
 from ouroboros_llm.cli import commands, main
+from ouroboros_llm.models import loading as models
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [

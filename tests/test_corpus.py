@@ -14,9 +14,9 @@ from conftest import byte_tokenizer, own_model, tiny_model
 from databases import POSTGRES, needs_postgres
 
 from ouroboros_llm import DecodingOptions, GenerationResult, OptionError, Ouroboros, PoolSource, StoreError
-from ouroboros_llm.corpus import Corpus
-from ouroboros_llm.memory_pool import MemoryPool
-from ouroboros_llm.phrases import run_key
+from ouroboros_llm.phrase_pool.base import run_key
+from ouroboros_llm.phrase_pool.corpus import Corpus
+from ouroboros_llm.phrase_pool.memory import MemoryPool
 from ouroboros_storage import PhraseStore
 from ouroboros_storage.records import content_hash, encode
 
@@ -156,7 +156,7 @@ def test_what_is_there_costs_no_tokens(open_one: Callable[[], Ouroboros], monkey
     lengths = [len(TOKENIZER.encode(text, add_special_tokens=False)) for text in TEXTS.values()]
     assert (indexed.ids, indexed.added, indexed.unchanged) == (("a", "b", "c"), 3, 0)
     assert indexed.tokens == sum(lengths) and steps == [1, 1, 1]
-    monkeypatch.setattr("ouroboros_llm.corpus.runs_of", lambda *_: pytest.fail("it is there"))
+    monkeypatch.setattr("ouroboros_llm.phrase_pool.corpus.runs_of", lambda *_: pytest.fail("it is there"))
     again = open_one().index_documents(TEXTS, scope=SCOPE)
     assert (again.added, again.unchanged, again.tokens) == (0, 3, 0)
     renamed = {f"new {id}": text for id, text in TEXTS.items()}
@@ -269,7 +269,7 @@ def interrupt(_: int) -> None:
 @pytest.fixture
 def replacing(open_one: Callable[[], Ouroboros], monkeypatch: pytest.MonkeyPatch) -> Ouroboros:
     """In the middle of replacing a document of a corpus; the rest is seen by another process."""
-    monkeypatch.setattr("ouroboros_llm.corpus._FLUSHED", 1)
+    monkeypatch.setattr("ouroboros_llm.phrase_pool.corpus._FLUSHED", 1)
     ouroboros = open_one()
     ouroboros.index_documents({"b": "The phoenix has a secret."}, scope=SCOPE)
     with pytest.raises(Interrupted):

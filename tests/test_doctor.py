@@ -14,8 +14,8 @@ from packaging.specifiers import SpecifierSet
 
 from ouroboros_llm import transformers_api
 from ouroboros_llm.cli import checks, main
-from ouroboros_llm.packaged import registry
-from ouroboros_llm.target_model import probe as probing
+from ouroboros_llm.models.packaged import registry
+from ouroboros_llm.target_model import capabilities as probing
 from ouroboros_llm.target_model.prepared import prepare
 
 CHECKS = [
@@ -136,7 +136,7 @@ def test_a_text_model_gets_text(own_place: Path) -> None:
 
 
 def test_nothing_is_fetched_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ouroboros_llm.packaged._download", lambda *_: pytest.fail("something was fetched"))
+    monkeypatch.setattr("ouroboros_llm.models.packaged._download", lambda *_: pytest.fail("something was fetched"))
     result = doctor()
     assert result.exit_code == 1
     assert "93.8 MiB are fetched on first use" in result.stdout

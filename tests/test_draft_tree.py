@@ -4,10 +4,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ouroboros_llm.decoder import fit
-from ouroboros_llm.draft_tree import MAX_WIDTH, DraftTree, TreeBuilder
-from ouroboros_llm.drafting.base import Budget
-from ouroboros_llm.verification import accept
+from ouroboros_llm.decoding.decoder import fit
+from ouroboros_llm.decoding.draft_tree import MAX_WIDTH, DraftTree, TreeBuilder
+from ouroboros_llm.decoding.drafter import Budget
+from ouroboros_llm.decoding.verification import accept
 
 
 @st.composite

@@ -8,16 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ouroboros_llm import MemoryPool
-from ouroboros_llm.decoder import prefill_cost
-from ouroboros_llm.draft_tree import DraftTree
-from ouroboros_llm.drafting.base import Budget, Drafter, NoDrafts, Round
-from ouroboros_llm.drafting.blend import Blend
-from ouroboros_llm.drafting.budget import WidthChoice
+from ouroboros_llm.decoding.decoder import prefill_cost
+from ouroboros_llm.decoding.draft_tree import DraftTree
+from ouroboros_llm.decoding.drafter import Budget, Drafter, NoDrafts, Round
 from ouroboros_llm.drafting.calibration import Calibration, Estimate
-from ouroboros_llm.drafting.memory import Memory, sources
+from ouroboros_llm.drafting.cost_gate import PayingDrafter, Worth
+from ouroboros_llm.drafting.learned_state import Memory, sources
 from ouroboros_llm.drafting.phrases import rejected_but_right
-from ouroboros_llm.drafting.recycling import Recycling, SuccessorTable, decode, encode
-from ouroboros_llm.drafting.worth import PayingDrafter, Worth
+from ouroboros_llm.drafting.token_recycling import Recycling, SuccessorTable, decode, encode
+from ouroboros_llm.drafting.tree_drafter import Blend, WidthChoice
 
 pytestmark = pytest.mark.clock
 

@@ -12,7 +12,7 @@ from conftest import byte_tokenizer, tiny_model
 import langchain_ouroboros as langchain
 from llama_index.llms.ouroboros import OuroborosLLM
 from ouroboros_llm import Ouroboros, PhrasePool
-from ouroboros_llm.memory_pool import MemorySource
+from ouroboros_llm.phrase_pool.memory import MemorySource
 
 Ask = Callable[[Ouroboros], Awaitable[object]]
 

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ouroboros_llm import DecodingOptions, MemoryPool, Ouroboros
-from ouroboros_llm.decoder import Decoder
-from ouroboros_llm.draft_tree import DraftTree, TreeBuilder
-from ouroboros_llm.drafting.base import Budget, NoDrafts, Round
-from ouroboros_llm.drafting.names import DRAFTERS
-from ouroboros_llm.drafting.recycling import KEPT
-from ouroboros_llm.sampling import Sampler
+from ouroboros_llm.decoding.decoder import Decoder
+from ouroboros_llm.decoding.draft_tree import DraftTree, TreeBuilder
+from ouroboros_llm.decoding.drafter import Budget, NoDrafts, Round
+from ouroboros_llm.decoding.sampling import Sampler
+from ouroboros_llm.drafting.token_recycling import KEPT
+from ouroboros_llm.options import DRAFTERS
 from ouroboros_llm.target_model.prepared import Kind, prepare
 from ouroboros_llm.target_model.scripted import ScriptedTarget
 

@@ -14,13 +14,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GlmConfig, Phi3Config
 
 from ouroboros_llm import DecodingOptions, Ouroboros
-from ouroboros_llm.quantization import quantize
 from ouroboros_llm.target_model import prepared
 from ouroboros_llm.target_model.eager import EagerTarget
-from ouroboros_llm.target_model.fusing import _NORMS, _ROTATIONS, fuse
-from ouroboros_llm.target_model.operations import ACTIVATIONS, Plain, operations_for
-from ouroboros_llm.target_model.static import StaticForward
-from ouroboros_llm.target_model.twin import twin_of
+from ouroboros_llm.target_model.quantization import quantize
+from ouroboros_llm.target_model.static.forward import StaticForward
+from ouroboros_llm.target_model.static.fused_ops import ACTIVATIONS, Plain, operations_for
+from ouroboros_llm.target_model.static.fusion import _NORMS, _ROTATIONS, fuse
+from ouroboros_llm.target_model.static.shared_weights import twin_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,7 +45,7 @@ FOUND = {
 @pytest.fixture(scope="module")
 def kernels() -> Any:
     pytest.importorskip("triton", reason="no Triton")
-    from ouroboros_llm.target_model import fused
+    from ouroboros_llm.target_model.kernels import fused
 
     return fused
 
@@ -265,7 +265,7 @@ def test_a_pass_by_the_kernels_gives_the_library_s_logits(architecture: str, ker
 
 @pytest.mark.parametrize("architecture", [*STATIC[:5], "phi", "gemma2_softcap", *list(MORE_ARCHITECTURES)[2:3]])
 def test_fused_passes_change_no_token(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ouroboros_llm.target_model.static.operations_for", lambda device: Plain())
+    monkeypatch.setattr("ouroboros_llm.target_model.static.forward.operations_for", lambda device: Plain())
     model = fresh(tiny_model(architecture).config)
     with Ouroboros(model, byte_tokenizer(), target="static") as ouroboros:
         way = ouroboros._prepared.way

@@ -19,16 +19,17 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LogitsProcessor
 
-from ouroboros_llm import DecodingOptions, Grammar, MemoryPool, MissingExtraError, OptionError, Ouroboros, models
-from ouroboros_llm.decoder import Decoder
+from ouroboros_llm import DecodingOptions, Grammar, MemoryPool, MissingExtraError, OptionError, Ouroboros
+from ouroboros_llm.decoding.decoder import Decoder
+from ouroboros_llm.decoding.sampling import Sampler, sampler_for
 from ouroboros_llm.drafting.base import Rule
-from ouroboros_llm.drafting.blend import Blend
-from ouroboros_llm.drafting.grammar import GrammarSource
-from ouroboros_llm.drafting.memory import Memory, sources
+from ouroboros_llm.drafting.forced_tokens import GrammarSource
+from ouroboros_llm.drafting.learned_state import Memory, sources
 from ouroboros_llm.drafting.phrases import PhraseSource
-from ouroboros_llm.matching.constraint import Constraint, constraint_for
-from ouroboros_llm.matching.matcher import Matcher, matcher_for
-from ouroboros_llm.sampling import Sampler, sampler_for
+from ouroboros_llm.drafting.tree_drafter import Blend
+from ouroboros_llm.grammar.compiled import Matcher, matcher_for
+from ouroboros_llm.grammar.constraint import Constraint, constraint_for
+from ouroboros_llm.models import loading as models
 from ouroboros_llm.target_model.prepared import prepare
 from ouroboros_llm.target_model.scripted import ScriptedTarget
 

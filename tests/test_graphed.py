@@ -16,20 +16,19 @@ from conftest import STATIC, blend, byte_tokenizer, plain, tiny_model
 from transformers import masking_utils
 
 from ouroboros_llm import DecodingOptions, Ouroboros
-from ouroboros_llm.decoder import Decoder, _fetched, likeliest_tokens
-from ouroboros_llm.draft_tree import MAX_WIDTH, DraftTree, TreeBuilder
-from ouroboros_llm.sampling import Sampler
-from ouroboros_llm.target_model.attention import Nodes, Placed, attend
-from ouroboros_llm.target_model.base import Greedy
-from ouroboros_llm.target_model.cache import SlotLayer
-from ouroboros_llm.target_model.clock import Clock
+from ouroboros_llm.decoding.decoder import Decoder, _fetched, likeliest_tokens
+from ouroboros_llm.decoding.draft_tree import MAX_WIDTH, DraftTree, TreeBuilder
+from ouroboros_llm.decoding.sampling import Sampler
+from ouroboros_llm.decoding.target import Greedy
+from ouroboros_llm.target_model.capabilities import Probe, probe_static
 from ouroboros_llm.target_model.eager import EagerTarget
-from ouroboros_llm.target_model.graphed import Recordings
-from ouroboros_llm.target_model.in_place import InPlace, first_seen, reach_of
-from ouroboros_llm.target_model.pass_times import PassTimes
+from ouroboros_llm.target_model.kv_cache import SlotLayer
+from ouroboros_llm.target_model.latency import Clock, PassTimes
 from ouroboros_llm.target_model.prepared import prepare
-from ouroboros_llm.target_model.probe import Probe, probe_static
-from ouroboros_llm.target_model.static import StaticForward
+from ouroboros_llm.target_model.static.cuda_graphs import Recordings
+from ouroboros_llm.target_model.static.forward import StaticForward
+from ouroboros_llm.target_model.static.in_place import InPlace, first_seen, reach_of
+from ouroboros_llm.target_model.static.tree_attention import Nodes, Placed, attend
 
 CPU = torch.device("cpu")
 CUDA = torch.cuda.is_available()
@@ -67,7 +66,7 @@ class Failing(Repeating):
 def kernels() -> Any:
     """The kernels: on the device, or interpreted."""
     pytest.importorskip("triton", reason="no Triton")
-    from ouroboros_llm.target_model import kernels
+    from ouroboros_llm.target_model.kernels import attention as kernels
 
     return kernels
 
@@ -289,8 +288,8 @@ def test_one_recording_serves_every_text(architecture: str) -> None:
 def test_one_recording_by_the_kernels_does_so_too(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if not CUDA:
         # Interpreted, a node takes a thousand times as long.
-        monkeypatch.setattr("ouroboros_llm.target_model.graphed.MAX_WIDTH", 8)
-        monkeypatch.setattr("ouroboros_llm.target_model.static.MAX_WIDTH", 8)
+        monkeypatch.setattr("ouroboros_llm.target_model.static.cuda_graphs.MAX_WIDTH", 8)
+        monkeypatch.setattr("ouroboros_llm.target_model.static.forward.MAX_WIDTH", 8)
         monkeypatch.setattr(kernels, "_PROGRAMS", 6)
     check_recording("gemma3_mixed", InPlace(), recordings=1 if not CUDA else 2)
 
@@ -399,7 +398,7 @@ def test_a_greedy_round_waits_for_the_device_once() -> None:
 @pytest.mark.gpu
 @needs_gpu
 def test_half_precision_products_come_in_single_precision_on_a_device() -> None:
-    from ouroboros_llm.target_model.head import Float32Head
+    from ouroboros_llm.target_model.static.lm_head import Float32Head
 
     head = torch.nn.Linear(64, 500, bias=True, dtype=torch.bfloat16, device="cuda")
     states = torch.randn(1, 4, 64, dtype=torch.bfloat16, device="cuda")

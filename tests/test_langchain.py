@@ -819,7 +819,7 @@ def test_an_error_of_one_prompt_ends_the_others() -> None:
 
 @pytest.mark.parametrize("cls", CLASSES)
 async def test_a_batch_may_be_longer_than_the_queue(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ouroboros_llm.stream.PLACES", 4)
+    monkeypatch.setattr("ouroboros_llm.serving.stream.PLACES", 4)
     ouroboros = Ouroboros(own_model(), byte_tokenizer(), store=None, max_active=2, max_waiting=2)
     model = cls(ouroboros=ouroboros, max_tokens=4)
     assert len({text_of(answer) for answer in await model.abatch(["Hi"] * 12)}) == 1

@@ -22,9 +22,9 @@ from test_reply_templates import LAX_CALLS
 
 from langchain_ouroboros import ChatOuroboros
 from ouroboros_llm import DecodingOptions, OptionError, Ouroboros
-from ouroboros_llm.replies import reply_of
-from ouroboros_llm.replies.families import FAMILIES, Family
-from ouroboros_llm.replies.forms import call_options
+from ouroboros_llm.chat.reply_grammar import call_options
+from ouroboros_llm.tool_parsers import reply_of
+from ouroboros_llm.tool_parsers.families import FAMILIES, Family
 
 pytest.importorskip("llguidance")
 jsonschema = pytest.importorskip("jsonschema")

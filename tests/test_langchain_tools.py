@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 
 from langchain_ouroboros import ChatOuroboros
 from ouroboros_llm import OptionError, Ouroboros, PromptError
-from ouroboros_llm.replies import forms
+from ouroboros_llm.chat import reply_grammar as forms
 
 
 @tool

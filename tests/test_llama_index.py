@@ -658,7 +658,7 @@ class TestTinyModel:
 
 
 async def test_questions_at_once_may_be_more_than_the_queue_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ouroboros_llm.stream.PLACES", 4)
+    monkeypatch.setattr("ouroboros_llm.serving.stream.PLACES", 4)
     ouroboros = Ouroboros(own_model(), byte_tokenizer(), store=None, max_active=2, max_waiting=2)
     llm = OuroborosLLM(ouroboros=ouroboros, max_tokens=4)
     assert len({answer.text for answer in await asyncio.gather(*(llm.acomplete("Hi") for _ in range(12)))}) == 1

@@ -17,7 +17,8 @@ from pydantic import BaseModel
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from llama_index.llms.ouroboros import OuroborosLLM
-from ouroboros_llm import ModelError, defaults, models
+from ouroboros_llm import ModelError, defaults
+from ouroboros_llm.models import loading as models
 
 
 class Answer(BaseModel):

@@ -27,7 +27,7 @@ from speaker import HERMES, THINKING, Speaker, call
 from llama_index.llms.ouroboros import OuroborosLLM
 from llama_index.llms.ouroboros.prompts import chat_messages
 from ouroboros_llm import Grammar, OptionError, Ouroboros
-from ouroboros_llm.replies import forms
+from ouroboros_llm.chat import reply_grammar as forms
 
 PLAIN = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}<|assistant|>"
 ADDED = call("add", '{"a": 1, "b": 2}')

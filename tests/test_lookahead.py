@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ouroboros_llm import MemoryPool, OptionError
-from ouroboros_llm.decoder import Decoder
-from ouroboros_llm.draft_tree import DraftTree, TreeBuilder
-from ouroboros_llm.drafting.base import Budget, Drafter, NoDrafts, Round
-from ouroboros_llm.drafting.blend import Blend
+from ouroboros_llm.decoding.decoder import Decoder
+from ouroboros_llm.decoding.draft_tree import DraftTree, TreeBuilder
+from ouroboros_llm.decoding.drafter import Budget, Drafter, NoDrafts, Round
+from ouroboros_llm.decoding.sampling import Sampler
 from ouroboros_llm.drafting.calibration import Estimate
 from ouroboros_llm.drafting.lookahead import NAME, LookaheadDrafter, WindowWorth, gained
 from ouroboros_llm.drafting.phrases import PhraseSource, RunningText
-from ouroboros_llm.sampling import Sampler
+from ouroboros_llm.drafting.tree_drafter import Blend
 from ouroboros_llm.target_model.prepared import prepare
 from ouroboros_llm.target_model.scripted import ScriptedTarget
 

@@ -19,10 +19,10 @@ from conftest import ARCHITECTURES, byte_tokenizer, own_model, plain
 import ouroboros_llm.target_model.measurements
 from ouroboros_llm import DecodingOptions, Ouroboros
 from ouroboros_llm.target_model import measurements, prepared
+from ouroboros_llm.target_model.capabilities import Probe
+from ouroboros_llm.target_model.latency import WIDTHS
 from ouroboros_llm.target_model.measurements import BackendMeasurements, Measurements, find, keep, key_of
-from ouroboros_llm.target_model.pass_times import WIDTHS
 from ouroboros_llm.target_model.prepared import fingerprint, measure, prepare
-from ouroboros_llm.target_model.probe import Probe
 
 PROMPT = [5 + number * 7 % 90 for number in range(40)]
 OPTIONS = DecodingOptions(max_new_tokens=12)
@@ -252,7 +252,7 @@ def test_a_race_is_won_for_the_next_process(
 
 
 def test_what_was_left_for_later_is_measured_when_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ouroboros_llm.worker.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("ouroboros_llm.serving.scheduler.QUIET_SECONDS", 0.0)
     model = own_model()
     with Ouroboros(model, byte_tokenizer()) as ouroboros:
         done: list[int] = []

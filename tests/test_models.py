@@ -20,17 +20,10 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from platformdirs import user_cache_path
 from rich.console import Console
 
-from ouroboros_llm import (
-    ModelDownloadError,
-    ModelError,
-    OptionError,
-    Ouroboros,
-    UnknownModelError,
-    models,
-    packaged,
-    progress,
-)
-from ouroboros_llm.packaged import PackagedModel
+from ouroboros_llm import ModelDownloadError, ModelError, OptionError, Ouroboros, UnknownModelError, progress
+from ouroboros_llm.models import loading as models
+from ouroboros_llm.models import packaged
+from ouroboros_llm.models.packaged import PackagedModel
 
 PARTS = (b"first half, ", b"second half")
 SHA256 = hashlib.sha256(b"".join(PARTS)).hexdigest()

@@ -25,10 +25,10 @@ from ouroboros_llm import (
     StoreError,
     TokenizerMismatchError,
 )
-from ouroboros_llm.memory_pool import MemorySource
-from ouroboros_llm.phrases import Notebook
-from ouroboros_llm.session import Sessions
-from ouroboros_llm.workspaces import WorkspaceMemory
+from ouroboros_llm.phrase_pool.base import Notebook
+from ouroboros_llm.phrase_pool.memory import MemorySource
+from ouroboros_llm.sessions.prefix_cache import WorkspaceMemory
+from ouroboros_llm.sessions.session import Sessions
 from ouroboros_storage import PhraseStore
 
 PROMPT = "the cat sat on the mat, the dog"
@@ -70,7 +70,7 @@ def test_who_waits_behind_another_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     def monotonic() -> float:
         return now
 
-    monkeypatch.setattr("ouroboros_llm.request.monotonic", monotonic)
+    monkeypatch.setattr("ouroboros_llm.serving.request.monotonic", monotonic)
     with Ouroboros(own_model(), byte_tokenizer(), max_active=1) as ouroboros:
         step = ouroboros._worker._step
 

@@ -12,21 +12,20 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, byte_tokenizer, own_model, plain, tiny_model
 
-import ouroboros_llm.target_model.packing
+import ouroboros_llm.target_model.batching
 from ouroboros_llm import DecodingOptions, GenerationResult, OptionError, Ouroboros, QueueFullError
-from ouroboros_llm.decoder import Decoder
-from ouroboros_llm.draft_tree import DraftTree
-from ouroboros_llm.drafting.base import NoDrafts
-from ouroboros_llm.request import AHEAD, End, Request, Steps
-from ouroboros_llm.sampling import Sampler
-from ouroboros_llm.target_model.base import Pass
+from ouroboros_llm.decoding.decoder import Decoder
+from ouroboros_llm.decoding.draft_tree import DraftTree
+from ouroboros_llm.decoding.drafter import NoDrafts
+from ouroboros_llm.decoding.sampling import Sampler
+from ouroboros_llm.decoding.target import Pass
+from ouroboros_llm.serving.request import AHEAD, End, Request, Steps
+from ouroboros_llm.serving.scheduler import Worker
+from ouroboros_llm.target_model.batching import PackedLayer, Packer, PackTimes, can_pack
+from ouroboros_llm.target_model.capabilities import probe, probe_batching
 from ouroboros_llm.target_model.eager import EagerTarget
-from ouroboros_llm.target_model.pack_times import PackTimes
-from ouroboros_llm.target_model.packing import PackedLayer, Packer, can_pack
-from ouroboros_llm.target_model.pass_times import PassTimes
+from ouroboros_llm.target_model.latency import PassTimes
 from ouroboros_llm.target_model.prepared import prepare
-from ouroboros_llm.target_model.probe import probe, probe_batching
-from ouroboros_llm.worker import Worker
 
 pytestmark = pytest.mark.clock
 
@@ -308,8 +307,8 @@ def test_answers_join_and_leave_in_mid_flight(packs: list[list[int]]) -> None:
 
 
 def test_long_prompts_share_passes_as_far_as_they_fit(packs: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ouroboros_llm.workspaces.PREFILL_CHUNK", 16)
-    monkeypatch.setattr(ouroboros_llm.target_model.packing, "PACK_TOKENS", 40)
+    monkeypatch.setattr("ouroboros_llm.sessions.prefix_cache.PREFILL_CHUNK", 16)
+    monkeypatch.setattr(ouroboros_llm.target_model.batching, "PACK_TOKENS", 40)
     model = tiny_model()
     prompts = [f"{number}" * 100 for number in range(4)]
     options = DecodingOptions(max_new_tokens=5, max_draft_tokens=0)

@@ -24,9 +24,9 @@ from click.testing import CliRunner, Result
 from conftest import byte_tokenizer
 from sqlalchemy import create_engine, make_url, text
 
+from ouroboros_llm.chat.text import vocabulary_hash
 from ouroboros_llm.cli import commands, main
-from ouroboros_llm.packaged import cache_folder
-from ouroboros_llm.text import vocabulary_hash
+from ouroboros_llm.models.packaged import cache_folder
 from ouroboros_storage import PhraseStore
 from ouroboros_storage.cli import display, exchange
 from ouroboros_storage.migrations import MIGRATIONS
@@ -873,7 +873,7 @@ class TestTerminal:
 
 @pytest.mark.skipif(not (cache_folder() / "smollm2-135m-instruct").is_dir(), reason="SmolLM2 is not in the cache")
 def test_a_real_tokenizer_without_its_weights(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ouroboros_llm import models
+    from ouroboros_llm.models import loading as models
 
     monkeypatch.setenv("OUROBOROS_CACHE", _CACHE)
     monkeypatch.setenv("OUROBOROS_MODEL", "SmolLM2-135M-Instruct")

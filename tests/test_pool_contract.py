@@ -13,9 +13,8 @@ from databases import POSTGRES, needs_postgres
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ouroboros_llm import memory_pool
-from ouroboros_llm.memory_pool import MemoryPool
-from ouroboros_llm.phrases import (
+from ouroboros_llm.phrase_pool import memory as memory_pool
+from ouroboros_llm.phrase_pool.base import (
     ANSWER,
     ANSWERS,
     MATCH_LIMIT,
@@ -27,6 +26,7 @@ from ouroboros_llm.phrases import (
     PoolStats,
     run_key,
 )
+from ouroboros_llm.phrase_pool.memory import MemoryPool
 from ouroboros_storage import PhraseStore
 
 BACKENDS = [

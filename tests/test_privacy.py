@@ -11,13 +11,16 @@ import pytest
 from click.testing import CliRunner
 from conftest import byte_tokenizer, tiny_model
 
-from ouroboros_llm import DecodingOptions, Ouroboros, sources
-from ouroboros_llm.decoder import PROMPT_POSITIONS
-from ouroboros_llm.drafting import answers, phrases, recycling
-from ouroboros_llm.memory_pool import MemoryPool, MemorySource
-from ouroboros_llm.phrases import KEPT_ANSWERS, run_key
-from ouroboros_llm.session import Sessions
-from ouroboros_llm.workspaces import KV_BYTES
+from ouroboros_llm import DecodingOptions, Ouroboros
+from ouroboros_llm.decoding.decoder import PROMPT_POSITIONS
+from ouroboros_llm.drafting import cached_answer as answers
+from ouroboros_llm.drafting import phrases
+from ouroboros_llm.drafting import token_recycling as recycling
+from ouroboros_llm.phrase_pool import opening as sources
+from ouroboros_llm.phrase_pool.base import KEPT_ANSWERS, run_key
+from ouroboros_llm.phrase_pool.memory import MemoryPool, MemorySource
+from ouroboros_llm.sessions.prefix_cache import KV_BYTES
+from ouroboros_llm.sessions.session import Sessions
 from ouroboros_storage import PhraseStore, StoredNote, StoredRun, buffer, pools
 from ouroboros_storage.cli import pool
 

@@ -12,11 +12,12 @@ from conftest import byte_tokenizer, plain, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ouroboros_llm import DecodingOptions, ModelError, OptionError, Ouroboros, models
+from ouroboros_llm import DecodingOptions, ModelError, OptionError, Ouroboros
 from ouroboros_llm.defaults import shared
-from ouroboros_llm.quantization import QUANTIZATIONS, Quantization, QuantizedLinear, quantize, whole
+from ouroboros_llm.models import loading as models
 from ouroboros_llm.target_model.prepared import fingerprint, prepare
-from ouroboros_llm.target_model.twin import twin_of
+from ouroboros_llm.target_model.quantization import QUANTIZATIONS, Quantization, QuantizedLinear, quantize, whole
+from ouroboros_llm.target_model.static.shared_weights import twin_of
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -87,7 +88,7 @@ def test_weights_are_made_whole_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch
     layer = QuantizedLinear(weights(40, 64), None, "int4")
     states = torch.randn(3, 64)
     wanted = layer(states)
-    monkeypatch.setattr("ouroboros_llm.quantization._ROWS", 7)
+    monkeypatch.setattr("ouroboros_llm.target_model.quantization._ROWS", 7)
     assert len([*layer._parts(torch.float32)]) == 6
     assert torch.allclose(layer(states), wanted, atol=1e-5)
 
@@ -106,7 +107,7 @@ def test_the_kernel_multiplies_so_too(
 ) -> None:
     """Interpreted, products of bfloat16 are not to be had, so half precision is float16."""
     pytest.importorskip("triton", reason="no Triton")
-    from ouroboros_llm.target_model.products import product
+    from ouroboros_llm.target_model.kernels.quantized_matmul import product
 
     weight = weights(outputs, inputs, dtype).to(DEVICE)
     layer = QuantizedLinear(weight, None, kind)

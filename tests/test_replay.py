@@ -7,13 +7,13 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import byte_tokenizer, plain, tiny_model
 
+from ouroboros_llm.bench.replay import History, cost_curve, replay, report, rounds
+from ouroboros_llm.bench.traces import Trace
 from ouroboros_llm.cli import main
-from ouroboros_llm.decoder import Decoder
-from ouroboros_llm.drafting.recycling import KEPT
-from ouroboros_llm.replay import History, cost_curve, replay, report, rounds
-from ouroboros_llm.sampling import Sampler
+from ouroboros_llm.decoding.decoder import Decoder
+from ouroboros_llm.decoding.sampling import Sampler
+from ouroboros_llm.drafting.token_recycling import KEPT
 from ouroboros_llm.target_model.prepared import prepare
-from ouroboros_llm.traces import Trace
 
 FLAT = cost_curve("1:1,64:1")
 

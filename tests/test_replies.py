@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from ouroboros_llm.replies import (
+from ouroboros_llm.chat.text import Transcript
+from ouroboros_llm.tool_parsers import (
     ArgumentsDelta,
     CallEnd,
     CallStart,
@@ -28,9 +29,8 @@ from ouroboros_llm.replies import (
     reply_of,
     spoiled,
 )
-from ouroboros_llm.replies.call_writer import call_id
-from ouroboros_llm.replies.markup import first_marker
-from ouroboros_llm.text import Transcript
+from ouroboros_llm.tool_parsers.call_ids import call_id
+from ouroboros_llm.tool_parsers.section import first_marker
 
 SQL = {
     "type": "function",
@@ -289,7 +289,7 @@ def test_a_long_argument_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> No
         searched += len(text) - start
         return first_marker(text, markers, start)
 
-    monkeypatch.setattr("ouroboros_llm.replies.calls.first_marker", counted)
+    monkeypatch.setattr("ouroboros_llm.tool_parsers.call_section.first_marker", counted)
     query = "SELECT </tool_cal> " * 1000
     text = f'<tool_call>{{"name": "sql", "arguments": {{"query": "{query}"}}}}</tool_call>'
     reply = reply_of(deltas_of(hermes(), [text[place : place + 5] for place in range(0, len(text), 5)]))

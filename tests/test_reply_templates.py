@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from test_replies import QUERY, SQL, TOOLS, deltas_of, pieces_of, tokenizer_with
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ouroboros_llm import models
-from ouroboros_llm.packaged import cache_folder
-from ouroboros_llm.replies import (
+from ouroboros_llm.models import loading as models
+from ouroboros_llm.models.packaged import cache_folder
+from ouroboros_llm.tool_parsers import (
     InvalidToolCall,
     Reply,
     ReplyFormat,
@@ -24,7 +24,7 @@ from ouroboros_llm.replies import (
     reply_of,
     template_tool_calls,
 )
-from ouroboros_llm.replies.call_writer import call_id
+from ouroboros_llm.tool_parsers.call_ids import call_id
 
 pytest.importorskip("transformers.utils.chat_parsing")
 

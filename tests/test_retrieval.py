@@ -12,12 +12,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ouroboros_llm import OptionError, StoreError
-from ouroboros_llm.decoder import Decoder
-from ouroboros_llm.drafting.blend import Blend
+from ouroboros_llm.decoding.decoder import Decoder
+from ouroboros_llm.decoding.sampling import Sampler
 from ouroboros_llm.drafting.phrases import PhraseSource
-from ouroboros_llm.drafting.retrieval import documents_pool, paragraphs, read_documents
-from ouroboros_llm.phrases import PhrasePool
-from ouroboros_llm.sampling import Sampler
+from ouroboros_llm.drafting.tree_drafter import Blend
+from ouroboros_llm.phrase_pool.base import PhrasePool
+from ouroboros_llm.phrase_pool.documents import documents_pool, paragraphs, read_documents
 from ouroboros_llm.target_model.prepared import prepare
 
 TEXTS = (

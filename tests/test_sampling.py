@@ -10,10 +10,10 @@ import torch
 from conftest import byte_tokenizer, plain, tiny_model
 
 from ouroboros_llm import DecodingOptions, OptionError, Ouroboros
-from ouroboros_llm.decoder import Decoder
-from ouroboros_llm.draft_tree import DraftTree, TreeBuilder
-from ouroboros_llm.drafting.base import Budget, Round
-from ouroboros_llm.sampling import Sampler
+from ouroboros_llm.decoding.decoder import Decoder
+from ouroboros_llm.decoding.draft_tree import DraftTree, TreeBuilder
+from ouroboros_llm.decoding.drafter import Budget, Round
+from ouroboros_llm.decoding.sampling import Sampler
 from ouroboros_llm.target_model.scripted import ScriptedTarget
 
 PROMPT = "abab abab abab"

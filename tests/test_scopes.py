@@ -12,8 +12,8 @@ import pytest
 from conftest import byte_tokenizer, tiny_model
 
 from ouroboros_llm import DecodingOptions, OptionError, Ouroboros, PhrasePool, ouroboros_scope
-from ouroboros_llm.memory_pool import MemorySource
 from ouroboros_llm.ouroboros import DEFAULT_SCOPE
+from ouroboros_llm.phrase_pool.memory import MemorySource
 from ouroboros_llm.scopes import current_scope, scope_of
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, own_model, plain, tiny_model
 
-import ouroboros_llm.device_memory
+import ouroboros_llm.sessions.device_memory
 from ouroboros_llm import (
     ContextLengthError,
     DecodingOptions,
@@ -31,12 +31,12 @@ from ouroboros_llm import (
     RequestTimeoutError,
     custom_generate,
 )
-from ouroboros_llm.device_memory import free_bytes, needed_bytes
-from ouroboros_llm.memory_pool import MemorySource
-from ouroboros_llm.target_model.cache import SlotLayer
+from ouroboros_llm.phrase_pool.memory import MemorySource
+from ouroboros_llm.sessions.device_memory import free_bytes, needed_bytes
+from ouroboros_llm.target_model.batching import Packer
 from ouroboros_llm.target_model.eager import EagerTarget
 from ouroboros_llm.target_model.failures import out_of_memory
-from ouroboros_llm.target_model.packing import Packer
+from ouroboros_llm.target_model.kv_cache import SlotLayer
 from ouroboros_llm.target_model.prepared import prepare
 
 PATIENCE = 120
@@ -179,7 +179,7 @@ def test_a_short_answer_behind_a_long_one_comes_first(tiny_ouroboros: Ouroboros)
 
 
 def test_a_long_prompt_does_not_hold_up_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ouroboros_llm.workspaces.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("ouroboros_llm.sessions.prefix_cache.PREFILL_CHUNK", 16)
     monkeypatch.setattr(Packer, "make", lambda _, wanted: {wanted[0]: None})  # each pass by itself, to be counted
     widths: list[int] = []
     forward = EagerTarget._forward
@@ -418,7 +418,7 @@ def test_bytes_of_a_token_are_those_that_a_cache_takes(architecture: str) -> Non
 @pytest.mark.parametrize("architecture", ["mamba_plain", "lfm2_chains"])
 def test_bytes_of_other_states_are_unknown(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert needed_bytes(prepare(tiny_model(architecture)), 1000) is None
-    monkeypatch.setattr(ouroboros_llm.device_memory, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(ouroboros_llm.sessions.device_memory, "free_bytes", lambda device: 0)
     with Ouroboros(tiny_model(architecture), byte_tokenizer()) as ouroboros:
         assert ouroboros.generate("abc", options=DecodingOptions(max_new_tokens=3)).token_ids
 
@@ -430,15 +430,15 @@ def test_this_machine_has_memory() -> None:
 
 
 def test_memory_of_a_container_counts(tmp_path: Path) -> None:
-    assert ouroboros_llm.device_memory._left_in_group(tmp_path) is None
+    assert ouroboros_llm.sessions.device_memory._left_in_group(tmp_path) is None
     for name, text in {"max": "1000", "current": "700", "stat": "anon 300\ninactive_file 250"}.items():
         (tmp_path / f"memory.{name}").write_text(text + "\n")
-    assert ouroboros_llm.device_memory._left_in_group(tmp_path) == 550
+    assert ouroboros_llm.sessions.device_memory._left_in_group(tmp_path) == 550
     (tmp_path / "memory.max").write_text("max\n")
-    assert ouroboros_llm.device_memory._left_in_group(tmp_path) is None
+    assert ouroboros_llm.sessions.device_memory._left_in_group(tmp_path) is None
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:       7 kB\n")
-    assert ouroboros_llm.device_memory._available(tmp_path / "meminfo") == 7 * 1024
-    assert ouroboros_llm.device_memory._available(tmp_path / "nothing") is None
+    assert ouroboros_llm.sessions.device_memory._available(tmp_path / "meminfo") == 7 * 1024
+    assert ouroboros_llm.sessions.device_memory._available(tmp_path / "nothing") is None
 
 
 def test_what_does_not_fit_is_refused_before_it_is_read(
@@ -447,7 +447,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read(
     options = DecodingOptions(max_new_tokens=40)
     tiny_ouroboros.generate("abc", scope="a", options=options)
     monkeypatch.setattr(EagerTarget, "_forward", lambda *_: pytest.fail("it was read"))
-    monkeypatch.setattr(ouroboros_llm.device_memory, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(ouroboros_llm.sessions.device_memory, "free_bytes", lambda device: 1000)
     with pytest.raises(MemoryLimitError, match=r"43 tokens .* need .* \(\d+ bytes\).* \(1000 bytes\) free; shorten"):
         tiny_ouroboros.generate("abc", scope="b", options=options)
     assert tiny_ouroboros._sessions.sessions.open("a").shelf.idle == [], "idle caches go first"
@@ -458,7 +458,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read(
 def test_idle_caches_make_room(tiny_ouroboros: Ouroboros, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_ouroboros.generate("abc", scope="a", options=DecodingOptions(max_new_tokens=40))
     free = iter([1000, 1 << 30])
-    monkeypatch.setattr(ouroboros_llm.device_memory, "free_bytes", lambda device: next(free))
+    monkeypatch.setattr(ouroboros_llm.sessions.device_memory, "free_bytes", lambda device: next(free))
     tiny_ouroboros.generate("abc", scope="b", options=DecodingOptions(max_new_tokens=5))
     assert tiny_ouroboros._sessions.sessions.open("a").shelf.idle == []
     assert tiny_ouroboros._sessions.sessions.open("a").memory.successors, "what was learned stays"
@@ -555,7 +555,7 @@ def test_out_of_memory_fails_one_request_in_the_end(tiny_ouroboros: Ouroboros, m
 
 
 def test_states_that_cannot_be_rewound_are_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ouroboros_llm.target_model.stepwise import StepwiseTarget
+    from ouroboros_llm.target_model.recurrent import StepwiseTarget
 
     with Ouroboros(tiny_model("mamba_plain"), byte_tokenizer()) as ouroboros:
         forward, calls = StepwiseTarget._forward, []

@@ -33,10 +33,10 @@ from ouroboros_llm import (
     kv_usage,
     limit_kv_bytes,
 )
-from ouroboros_llm.session import Sessions
+from ouroboros_llm.sessions.prefix_cache import MEMORY, Workspace, WorkspaceMemory
+from ouroboros_llm.sessions.session import Sessions
 from ouroboros_llm.target_model.eager import EagerTarget
 from ouroboros_llm.target_model.prepared import prepare
-from ouroboros_llm.workspaces import MEMORY, Workspace, WorkspaceMemory
 from ouroboros_storage import PhraseStore
 
 OPTIONS = DecodingOptions(max_new_tokens=12)
@@ -564,7 +564,7 @@ def test_a_prefix_that_is_refused_leaves_the_one_of_its_name() -> None:
 
 
 def test_a_prefix_that_the_device_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ouroboros_llm.device_memory.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("ouroboros_llm.sessions.device_memory.free_bytes", lambda _: 1000)
     with make() as ouroboros:
         with pytest.raises(MemoryLimitError, match="80 tokens of prompt and output need"):
             ouroboros.keep_prefix(SYSTEM, scope="c")
@@ -573,7 +573,7 @@ def test_a_prefix_that_the_device_cannot_hold_is_refused(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("architecture", ["llama", "bamba_plain"])
 def test_a_prefix_is_read_between_the_steps_of_others(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ouroboros_llm.workspaces.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("ouroboros_llm.sessions.prefix_cache.PREFILL_CHUNK", 16)
     with make(architecture) as ouroboros:
         answer = ouroboros.stream("a", scope="a", options=DecodingOptions(max_new_tokens=200))
         next(answer)
@@ -773,7 +773,7 @@ def test_a_write_that_fails_leaves_the_old_file(saved: Path, monkeypatch: pytest
         def fails(*_: Any) -> None:
             raise OSError(28, "no space left")
 
-        monkeypatch.setattr("ouroboros_llm.snapshot.os.replace", fails)
+        monkeypatch.setattr("ouroboros_llm.sessions.snapshot.os.replace", fails)
         with pytest.raises(SnapshotError, match="no space left"):
             ouroboros.save_session("c", saved)
     assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]

@@ -16,17 +16,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 import ouroboros_llm.target_model.prepared
 from ouroboros_llm import DecodingOptions, OptionError, Ouroboros
-from ouroboros_llm.draft_tree import MAX_WIDTH, DraftTree, TreeBuilder
-from ouroboros_llm.target_model.attending import Attending
-from ouroboros_llm.target_model.attention import Nodes, attend
-from ouroboros_llm.target_model.base import Pass
-from ouroboros_llm.target_model.cache import SlotCache, roomy
+from ouroboros_llm.decoding.draft_tree import MAX_WIDTH, DraftTree, TreeBuilder
+from ouroboros_llm.decoding.target import Pass
 from ouroboros_llm.target_model.eager import EagerTarget
-from ouroboros_llm.target_model.head import Float32Head, put_float32_head
-from ouroboros_llm.target_model.pass_times import WIDTHS, PassTimes, padded
+from ouroboros_llm.target_model.kv_cache import SlotCache, roomy
+from ouroboros_llm.target_model.latency import WIDTHS, PassTimes, padded
 from ouroboros_llm.target_model.prepared import PreparedModel, measure, prepare
-from ouroboros_llm.target_model.static import StaticForward
-from ouroboros_llm.target_model.twin import twin_of
+from ouroboros_llm.target_model.static.attention_backend import Attending
+from ouroboros_llm.target_model.static.forward import StaticForward
+from ouroboros_llm.target_model.static.lm_head import Float32Head, put_float32_head
+from ouroboros_llm.target_model.static.shared_weights import twin_of
+from ouroboros_llm.target_model.static.tree_attention import Nodes, attend
 
 pytestmark = pytest.mark.clock
 

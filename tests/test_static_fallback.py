@@ -15,12 +15,12 @@ from conftest import byte_tokenizer, own_model, plain
 from test_graphed import TREE, ByAddress, Repeating
 
 from ouroboros_llm import DecodingOptions, Ouroboros
+from ouroboros_llm.decoding.target import Greedy, Walked
 from ouroboros_llm.target_model import measurements, prepared
-from ouroboros_llm.target_model.base import Greedy, Walked
 from ouroboros_llm.target_model.eager import EagerTarget
-from ouroboros_llm.target_model.in_place import InPlace
 from ouroboros_llm.target_model.prepared import measure, prepare
-from ouroboros_llm.target_model.static import StaticForward
+from ouroboros_llm.target_model.static.forward import StaticForward
+from ouroboros_llm.target_model.static.in_place import InPlace
 
 PROMPT = [5 + number * 7 % 90 for number in range(40)]
 OTHER = [7, 8] * 9
@@ -236,7 +236,7 @@ def test_what_fails_at_preparation_fails_before_any_answer(monkeypatch: pytest.M
 
 
 def test_a_walk_that_moves_the_wrong_nodes_is_found_at_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ouroboros_llm.target_model.static.order", lambda nodes, path: nodes.numbers)
+    monkeypatch.setattr("ouroboros_llm.target_model.static.forward.order", lambda nodes, path: nodes.numbers)
     found = prepare(own_model(), "static")
     assert found.way.missed is not None and "after a walk" in found.way.missed
 

@@ -20,7 +20,7 @@ from sqlalchemy import StaticPool, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import OperationalError
 
 from ouroboros_llm.errors import MissingExtraError, OptionError, StoreError
-from ouroboros_llm.phrases import ANSWER, Phrase, PoolSource, run_key
+from ouroboros_llm.phrase_pool.base import ANSWER, Phrase, PoolSource, run_key
 from ouroboros_storage import PhraseStore, StoredRun, StoredScope, database, migrations, sqlite_file
 from ouroboros_storage.buffer import Buffer
 from ouroboros_storage.migrations import MIGRATIONS

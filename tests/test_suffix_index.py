@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ouroboros_llm.memory_pool import MemoryPool, Run
-from ouroboros_llm.phrases import ANSWER
-from ouroboros_llm.suffix_index import ORDERS, Segment, suffix_hashes
+from ouroboros_llm.phrase_pool.base import ANSWER
+from ouroboros_llm.phrase_pool.memory import MemoryPool, Run
+from ouroboros_llm.phrase_pool.suffix_index import ORDERS, Segment, suffix_hashes
 
 TEXT = st.lists(st.sampled_from([-2, -1, 1, 2, 3, 2**32 - 1]), max_size=260)
 

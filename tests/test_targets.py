@@ -10,10 +10,10 @@ import torch
 from conftest import ARCHITECTURES, MORE_ARCHITECTURES, STATIC, tiny_model
 
 from ouroboros_llm import ModelError
-from ouroboros_llm.draft_tree import DraftTree
-from ouroboros_llm.target_model.base import TargetModel
+from ouroboros_llm.decoding.draft_tree import DraftTree
+from ouroboros_llm.decoding.target import TargetModel
 from ouroboros_llm.target_model.eager import EagerTarget
-from ouroboros_llm.target_model.pass_times import WIDTHS, PassTimes
+from ouroboros_llm.target_model.latency import WIDTHS, PassTimes
 from ouroboros_llm.target_model.prepared import Kind, PreparedModel, locked, prepare
 from ouroboros_llm.target_model.scripted import ScriptedTarget
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from ouroboros_llm import DecodingOptions, Ouroboros, PromptError
-from ouroboros_llm.text import Detokenizer, StopStrings, Transcript, encode, vocabulary_hash
+from ouroboros_llm.chat.text import Detokenizer, StopStrings, Transcript, encode, vocabulary_hash
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi <s> there"}]
 

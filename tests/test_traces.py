@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ouroboros_llm import OptionError
+from ouroboros_llm.bench.traces import Trace, parse_trace, read_traces, recorded_ids, write_trace
 from ouroboros_llm.cli import main
 from ouroboros_llm.cli.record import answer
-from ouroboros_llm.traces import Trace, parse_trace, read_traces, recorded_ids, write_trace
 
 ids = st.lists(st.integers(0, 2**31), min_size=1, max_size=8).map(tuple)
 chances = st.lists(st.integers(0, 10_000).map(lambda n: n / 10_000), min_size=8, max_size=8).map(tuple)

@@ -24,7 +24,7 @@ from conftest import byte_tokenizer, plain, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, TextIteratorStreamer
 
 from ouroboros_llm import OptionError
-from ouroboros_llm.text import vocabulary_hash
+from ouroboros_llm.chat.text import vocabulary_hash
 from ouroboros_storage import PhraseStore
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "transformers_serve"

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import OperationalError
 
 from ouroboros_llm.errors import OptionError, StoreError, StoreUnavailableError
-from ouroboros_llm.phrases import Phrase
+from ouroboros_llm.phrase_pool.base import Phrase
 from ouroboros_storage import AsyncPhraseStore, PhraseStore, StoredNote, StoredRun
 from ouroboros_storage.exchange import from_line, to_line
 

@@ -14,19 +14,19 @@ from test_static import TEXT, TREE, NoReading, NoSynchronization
 from torch.overrides import TorchFunctionMode
 
 from ouroboros_llm import DecodingOptions, Ouroboros
-from ouroboros_llm.decoder import Decoder, likeliest_tokens
-from ouroboros_llm.draft_tree import MAX_WIDTH, DraftTree
-from ouroboros_llm.drafting.base import Round
-from ouroboros_llm.sampling import Sampler
-from ouroboros_llm.target_model import walk
-from ouroboros_llm.target_model.attention import Nodes
-from ouroboros_llm.target_model.base import Greedy, Pass, Walked
+from ouroboros_llm.decoding.decoder import Decoder, likeliest_tokens
+from ouroboros_llm.decoding.draft_tree import MAX_WIDTH, DraftTree
+from ouroboros_llm.decoding.drafter import Round
+from ouroboros_llm.decoding.sampling import Sampler
+from ouroboros_llm.decoding.target import Greedy, Pass, Walked
+from ouroboros_llm.decoding.verification import accept
 from ouroboros_llm.target_model.eager import EagerTarget
-from ouroboros_llm.target_model.in_place import InPlace
-from ouroboros_llm.target_model.pass_times import padded
+from ouroboros_llm.target_model.latency import padded
 from ouroboros_llm.target_model.prepared import prepare
-from ouroboros_llm.target_model.static import StaticForward
-from ouroboros_llm.verification import accept
+from ouroboros_llm.target_model.static import device_accept as walk
+from ouroboros_llm.target_model.static.forward import StaticForward
+from ouroboros_llm.target_model.static.in_place import InPlace
+from ouroboros_llm.target_model.static.tree_attention import Nodes
 
 CPU = torch.device("cpu")
 VOCABULARY = 5
@@ -243,7 +243,7 @@ def test_a_pass_with_its_walk_is_one_graph_that_never_waits(architecture: str) -
 
 def test_nodes_are_moved_by_the_kernel_though_they_overlap() -> None:
     pytest.importorskip("triton", reason="no Triton")
-    from ouroboros_llm.target_model import kernels
+    from ouroboros_llm.target_model.kernels import attention as kernels
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)

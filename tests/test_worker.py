@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-import ouroboros_llm.request
-import ouroboros_llm.worker
+import ouroboros_llm.serving.request
+import ouroboros_llm.serving.scheduler
 from ouroboros_llm import OuroborosError, QueueFullError, RequestTimeoutError
-from ouroboros_llm.request import AHEAD, End, Request, Steps
-from ouroboros_llm.worker import Worker, worker_of
+from ouroboros_llm.serving.request import AHEAD, End, Request, Steps
+from ouroboros_llm.serving.scheduler import Worker, worker_of
 
 PATIENCE = 60
 """Seconds after which a test that would wait for ever fails; none takes this long."""
@@ -240,7 +240,7 @@ def test_time_runs_while_a_request_waits(log: Log) -> None:
 
 def test_time_stands_still_while_the_reader_is_behind(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 100.0
-    monkeypatch.setattr(ouroboros_llm.request, "monotonic", lambda: clock)
+    monkeypatch.setattr(ouroboros_llm.serving.request, "monotonic", lambda: clock)
     request = log.request("r", 1, timeout=5)
     request.submitted()
     clock = 104.0
@@ -350,7 +350,7 @@ def test_a_step_must_not_wait_for_another_request(worker: Worker, log: Log) -> N
 
 
 def test_the_thread_ends_when_nobody_comes_and_starts_again(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ouroboros_llm.worker, "IDLE_SECONDS", 0.01)
+    monkeypatch.setattr(ouroboros_llm.serving.scheduler, "IDLE_SECONDS", 0.01)
     worker = Worker()
     for name in "ab":
         worker.submit(request := log.request(name, 2))
@@ -412,8 +412,8 @@ def test_many_threads_at_once(worker: Worker) -> None:
 def test_a_forked_child_starts_anew() -> None:
     code = """
 import os, sys, threading
-from ouroboros_llm.request import End, Request
-from ouroboros_llm.worker import Worker
+from ouroboros_llm.serving.request import End, Request
+from ouroboros_llm.serving.scheduler import Worker
 
 worker, gate, closed = Worker(), threading.Event(), []
 
@@ -459,9 +459,9 @@ print("fine")
 def test_threads_fork_at_once_and_children_find_locks_free() -> None:
     code = """
 import os, threading
-from ouroboros_llm.request import Request
-from ouroboros_llm.worker import Worker
-from ouroboros_llm.workspaces import MEMORY
+from ouroboros_llm.serving.request import Request
+from ouroboros_llm.serving.scheduler import Worker
+from ouroboros_llm.sessions.prefix_cache import MEMORY
 
 def steps():
     for _ in range(3):
@@ -511,8 +511,8 @@ print(len(wrong))
 def test_the_interpreter_can_exit(state: str) -> None:
     code = f"""
 import time
-from ouroboros_llm.request import Request
-from ouroboros_llm.worker import Worker
+from ouroboros_llm.serving.request import Request
+from ouroboros_llm.serving.scheduler import Worker
 
 stepped = []
 

@@ -39,7 +39,7 @@ def _place(file: Path, target: Path, copy: bool) -> None:
 
 
 def main() -> None:
-    from ouroboros_llm.models import resolve
+    from ouroboros_llm.models.loading import resolve
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="a registry name, the folder of a saved model, or a hub id")

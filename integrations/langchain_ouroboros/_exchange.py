@@ -14,10 +14,10 @@ from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 
 from ouroboros_llm import GenerationResult, Piece, Usage
-from ouroboros_llm.replies import ArgumentsDelta, CallEnd, CallStart, ContentDelta, Delta, ReasoningDelta, spoiled
-from ouroboros_llm.replies import exchange as replies
-from ouroboros_llm.replies.asked import Asked
-from ouroboros_llm.stream import ashown, off_the_loop, shown
+from ouroboros_llm.chat import exchange as replies
+from ouroboros_llm.chat.reply_spec import Asked
+from ouroboros_llm.serving.stream import ashown, off_the_loop, shown
+from ouroboros_llm.tool_parsers import ArgumentsDelta, CallEnd, CallStart, ContentDelta, Delta, ReasoningDelta, spoiled
 
 from ._instructions import keep_instructions
 from ._messages import call_ids, message_ids, to_dicts

@@ -13,8 +13,8 @@ from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, field_validator,
 
 from ouroboros_llm import DecodingOptions, OptionError, Ouroboros, __version__
 from ouroboros_llm.defaults import DEFAULT_STORE, default_model
-from ouroboros_llm.memory_pool import MemorySource
 from ouroboros_llm.options import SETTINGS
+from ouroboros_llm.phrase_pool.memory import MemorySource
 
 SPEED_SETTINGS = frozenset({"max_draft_tokens", "drafters", "timeout"})
 """Fields that only change how soon the text comes, or whether."""

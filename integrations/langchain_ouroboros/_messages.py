@@ -8,9 +8,9 @@ from typing import Any
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 
 from ouroboros_llm import PromptError
-from ouroboros_llm.replies import InvalidToolCall, ToolCall, template_tool_calls
-from ouroboros_llm.replies.templates import ArgumentsForm
-from ouroboros_llm.replies.turns import merged_turns
+from ouroboros_llm.chat.prompt_fallbacks import merged_turns
+from ouroboros_llm.chat.template_support import ArgumentsForm
+from ouroboros_llm.tool_parsers import InvalidToolCall, ToolCall, template_tool_calls
 
 _ROLES: tuple[tuple[type[BaseMessage], str], ...] = (
     (SystemMessage, "system"),

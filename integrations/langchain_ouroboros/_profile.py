@@ -6,8 +6,8 @@ from typing import Any
 
 from langchain_core.language_models import ModelProfile
 
-from ouroboros_llm.models import local_context_length
-from ouroboros_llm.replies.habits import habits_of
+from ouroboros_llm.chat.template_support import habits_of
+from ouroboros_llm.models.loading import local_context_length
 
 
 def profile_of(model: str, ouroboros: Any) -> ModelProfile:

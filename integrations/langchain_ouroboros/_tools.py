@@ -10,7 +10,7 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from pydantic import BaseModel
 
 from ouroboros_llm import OptionError
-from ouroboros_llm.replies.asked import Asked, asked_of, distinct
+from ouroboros_llm.chat.reply_spec import Asked, asked_of, distinct
 
 AnyTool = Mapping[str, Any] | type | Callable[..., Any] | BaseTool
 

@@ -20,10 +20,10 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from typing_extensions import override
 
-from ouroboros_llm.replies.asked import REPLY_SETTINGS, Asked, choice_of
-from ouroboros_llm.replies.exchange import prompt_of, template_tools
-from ouroboros_llm.replies.habits import habits_of
-from ouroboros_llm.stream import place
+from ouroboros_llm.chat.exchange import prompt_of, template_tools
+from ouroboros_llm.chat.reply_spec import REPLY_SETTINGS, Asked, choice_of
+from ouroboros_llm.chat.template_support import habits_of
+from ouroboros_llm.serving.stream import place
 
 from ._base import OuroborosModel
 from ._exchange import Exchange

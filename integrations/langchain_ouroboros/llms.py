@@ -19,7 +19,7 @@ from langchain_core.runnables.config import get_config_list
 from typing_extensions import override
 
 from ouroboros_llm import OptionError, Piece, Usage
-from ouroboros_llm.stream import ashown, off_the_loop, place, shown
+from ouroboros_llm.serving.stream import ashown, off_the_loop, place, shown
 
 from ._at_once import at_once, join
 from ._base import OuroborosModel

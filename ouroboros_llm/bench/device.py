@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..device_memory import free_bytes
+from ..sessions.device_memory import free_bytes
 
 _LAUNCHES = ("LaunchKernel", "GraphLaunch")
 _ROUNDS_PER_PROFILE = 8

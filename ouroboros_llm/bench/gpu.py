@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from .. import models
-from ..device_memory import free_bytes, let_go
-from ..models import LoadedModel
+from ..models import loading as models
+from ..models.loading import LoadedModel
+from ..models.packaged import cache_folder, registry
 from ..ouroboros import Ouroboros
-from ..packaged import cache_folder, registry
-from ..quantization import Quantization, quantize
+from ..sessions.device_memory import free_bytes, let_go
+from ..target_model.quantization import Quantization, quantize
 from .device import bandwidth
 from .gpu_tables import markdown
 from .methods import PLAIN, build_methods

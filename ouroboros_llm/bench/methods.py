@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import OptionError
-from ..models import LoadedModel
+from ..models.loading import LoadedModel
 from ..options import DecodingOptions
 from ..ouroboros import Ouroboros
 

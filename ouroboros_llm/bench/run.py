@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from .. import models
-from ..models import LoadedModel
+from ..models import loading as models
+from ..models.loading import LoadedModel
 from ..ouroboros import Ouroboros
-from ..quantization import Quantization
+from ..target_model.quantization import Quantization
 from .methods import build_methods, choose_methods
 from .prompts import read_prompts
 from .report import machine, summarize

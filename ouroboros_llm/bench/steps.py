@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..decoder import Decoder, likeliest_tokens
-from ..draft_tree import DraftTree, TreeBuilder
-from ..drafting.base import NoDrafts
-from ..drafting.recycling import KEPT
-from ..sampling import Sampler
-from ..target_model.base import Greedy, Pass, Walked
-from ..target_model.pass_times import WIDTHS
+from ..decoding.decoder import Decoder, likeliest_tokens
+from ..decoding.draft_tree import DraftTree, TreeBuilder
+from ..decoding.drafter import NoDrafts
+from ..decoding.sampling import Sampler
+from ..decoding.target import Greedy, Pass, Walked
+from ..decoding.verification import accept
+from ..drafting.token_recycling import KEPT
+from ..target_model.latency import WIDTHS
 from ..target_model.prepared import PreparedModel, prepare
 from ..transformers_api import DynamicCache, forward_signature
-from ..verification import accept
 from .device import profile, seconds_of
 from .shapes import bytes_read
 

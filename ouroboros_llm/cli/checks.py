@@ -92,7 +92,7 @@ def processor() -> Check:
     """Describe the processor and the memory."""
     import torch
 
-    from ..device_memory import free_bytes
+    from ..sessions.device_memory import free_bytes
     from ..target_model.measurements import processor_name
 
     free = free_bytes(torch.device("cpu"))
@@ -133,8 +133,8 @@ def environment() -> Check:
 
 def weights(model: str) -> Check:
     """Say where the weights of a model are, or how large they would be."""
-    from ..models import local_folder
-    from ..packaged import cache_folder, registry
+    from ..models.loading import local_folder
+    from ..models.packaged import cache_folder, registry
 
     folder = local_folder(model)
     if folder is not None:
@@ -155,7 +155,7 @@ def folder_size(folder: Path) -> int:
 def store() -> Check:
     """Open the phrase store that a caller who names none gets."""
     from ..defaults import default_store
-    from ..sources import store_class
+    from ..phrase_pool.opening import store_class
 
     url = default_store()
     shown = without_password(url)

@@ -31,7 +31,7 @@ def drafts(ouroboros: Ouroboros) -> Check:
 
 def template(ouroboros: Ouroboros) -> Check:
     """Say what prompts a model takes."""
-    from ..replies.templates import takes_system, takes_tools
+    from ..chat.template_support import takes_system, takes_tools
 
     tokenizer = ouroboros.tokenizer
     has_template = bool(tokenizer.chat_template)
@@ -51,7 +51,7 @@ def template(ouroboros: Ouroboros) -> Check:
 
 def memory(ouroboros: Ouroboros) -> Check:
     """Add up the weights and the KV cache of a full context."""
-    from ..device_memory import free_bytes
+    from ..sessions.device_memory import free_bytes
 
     model, token_bytes = ouroboros.model, ouroboros._prepared.probe.token_bytes
     held = sum(weight.nbytes for weight in model.parameters())
@@ -69,7 +69,7 @@ def memory(ouroboros: Ouroboros) -> Check:
 
 def speed(ouroboros: Ouroboros) -> Check:
     """Time passes over one token and deduce rates by mean acceptance length."""
-    from ..draft_tree import DraftTree
+    from ..decoding.draft_tree import DraftTree
     from ..target_model.prepared import locked
 
     prepared = ouroboros._prepared

@@ -42,7 +42,7 @@ def models(as_json: bool) -> None:
 def packaged_rows() -> Iterator[ModelRow]:
     """The registry, the default model marked."""
     from ..defaults import default_model
-    from ..packaged import cache_folder, registry
+    from ..models.packaged import cache_folder, registry
 
     for name, packaged in registry().items():
         folder = cache_folder() / name

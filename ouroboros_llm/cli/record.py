@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import torch
 
     from ..bench.prompts import Conversation
+    from ..bench.traces import Trace
     from ..ouroboros import Ouroboros
-    from ..traces import Trace
 
 AT_LEAST_ONE = click.IntRange(min=1)
 
@@ -58,9 +58,9 @@ def record(
     from rich.progress import track
 
     from ..bench.prompts import read_prompts
+    from ..bench.traces import recorded_ids, write_trace
     from ..ouroboros import Ouroboros
     from ..progress import is_animated
-    from ..traces import recorded_ids, write_trace
 
     asked = named(read_prompts(prompts, limit=limit, instruction=instruction), prompts.stem)
     known = recorded_ids(output)
@@ -89,7 +89,7 @@ def named(conversations: list[Conversation], file_name: str) -> dict[str, Conver
 def traces(ouroboros: Ouroboros, asked: dict[str, Conversation], category: str, max_new_tokens: int) -> Iterator[Trace]:
     """One trace per conversation, as they are made; one that leaves no room for an answer is named and passed over."""
     from ..bench.prompts import encode
-    from ..traces import Trace
+    from ..bench.traces import Trace
 
     for name, conversation in asked.items():
         prompt_ids = encode(ouroboros, conversation.messages)
@@ -135,7 +135,7 @@ class Likeliest:
         self.probs: list[tuple[float, ...]] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        from ..traces import TOP
+        from ..bench.traces import TOP
 
         row = scores[0].float()
         chosen = int(row.argmax())

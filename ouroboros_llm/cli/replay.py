@@ -11,7 +11,7 @@ import click
 
 
 def _curve(context: click.Context, parameter: click.Parameter, text: str) -> Callable[[int], float]:
-    from ..replay import cost_curve
+    from ..bench.replay import cost_curve
 
     try:
         return cost_curve(text)
@@ -20,7 +20,7 @@ def _curve(context: click.Context, parameter: click.Parameter, text: str) -> Cal
 
 
 def _drafters(context: click.Context, parameter: click.Parameter, text: str | None) -> Sequence[str]:
-    from ..replay import REPLAYED
+    from ..bench.replay import REPLAYED
 
     names = list(REPLAYED) if text is None else text.split(",")
     if unknown := sorted(set(names) - set(REPLAYED)):
@@ -58,9 +58,9 @@ def replay(
     and from pass to pass. What the target says of rejected guesses is not recorded, so a run with the model drafts a
     little better than its replay.
     """
-    from ..replay import replay as replayed
-    from ..replay import report
-    from ..traces import read_traces
+    from ..bench.replay import replay as replayed
+    from ..bench.replay import report
+    from ..bench.traces import read_traces
 
     recorded = [trace for path in traces for trace in read_traces(path)]
     if not recorded:

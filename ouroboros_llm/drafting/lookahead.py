@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 
-from ..draft_tree import DraftTree, TreeBuilder
+from ..decoding.draft_tree import DraftTree, TreeBuilder
+from ..decoding.drafter import Budget, Drafter, Round
 from ..errors import OptionError
-from ..phrases import PhrasePool
-from .base import Budget, Drafter, Round
+from ..phrase_pool.base import PhrasePool
 from .calibration import Estimate
 
 NAME = "lookahead"

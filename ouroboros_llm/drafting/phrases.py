@@ -6,9 +6,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Literal
 
-from ..memory_pool import MemoryPool
-from ..phrases import ANSWER, MATCH_LIMIT, PhrasePool
-from .base import Guess, Guesses, Round
+from ..decoding.drafter import Round
+from ..phrase_pool.base import ANSWER, MATCH_LIMIT, PhrasePool
+from ..phrase_pool.memory import MemoryPool
+from .base import Guess, Guesses
 
 _WINDOW = "lookahead"
 

@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from ..draft_tree import MAX_WIDTH, DraftTree
+from ..decoding.draft_tree import MAX_WIDTH, DraftTree
+from ..decoding.target import Branching, Greedy, Walked
 from ..transformers_api import Cache, forward_signature
-from .base import Branching, Greedy, Walked
-from .cache import RewindableCache, SlotCache, cache_for
-from .clock import Clock
-from .masks import tree_masks
-from .packing import Packer
-from .pass_times import PassTimes, padded
-from .walk import checked, read
+from .batching import Packer
+from .kv_cache import RewindableCache, SlotCache, cache_for
+from .latency import Clock, PassTimes, padded
+from .static.device_accept import checked, read
+from .tree_masks import tree_masks
 
 if TYPE_CHECKING:
-    from .static import StaticForward
+    from .static.forward import StaticForward
 
 PREFILL_CHUNK = 512
 """Prompt tokens per pass: bounds the memory of attention scores and activations."""

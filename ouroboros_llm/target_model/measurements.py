@@ -25,11 +25,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import __version__
-from ..packaged import cache_folder
+from ..decoding.target import Branching
+from ..models.packaged import cache_folder
 from ..transformers_api import VERSION, attention_of
-from .base import Branching
-from .pass_times import WIDTHS
-from .probe import Probe
+from .capabilities import Probe
+from .latency import WIDTHS
 
 logger = logging.getLogger(__name__)
 

@@ -16,20 +16,20 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedModel
 
 from .. import progress
-from ..draft_tree import DraftTree
+from ..decoding.draft_tree import DraftTree
+from ..decoding.target import KeptTarget
 from ..errors import ModelError
-from ..model_facts import context_length_of
+from ..model_config import context_length_of
 from ..transformers_api import attention_of, check_generates, warn_if_untested
 from . import measurements
-from .base import KeptTarget
+from .batching import Packer
+from .capabilities import Probe, probe, probe_batching, probe_static
 from .eager import EagerTarget, kind_of
 from .failures import reason_of
+from .latency import PassTimes
 from .measurements import BackendMeasurements, Measurements, key_of
-from .packing import Packer
-from .pass_times import PassTimes
-from .probe import Probe, probe, probe_batching, probe_static
-from .static import StaticForward
-from .stepwise import StepwiseTarget
+from .recurrent import StepwiseTarget
+from .static.forward import StaticForward
 
 logger = logging.getLogger(__name__)
 

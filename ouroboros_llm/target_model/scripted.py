@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..draft_tree import DraftTree
-from .base import Branching
+from ..decoding.draft_tree import DraftTree
+from ..decoding.target import Branching
 
 
 class ScriptedTarget:

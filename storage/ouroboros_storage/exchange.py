@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from ouroboros_llm.errors import OptionError, OuroborosError, StoreError
-from ouroboros_llm.phrases import check_scope
+from ouroboros_llm.phrase_pool.base import check_scope
 
 from .records import PendingRun, ScopeKey, StoredNote, StoredRun, encode, to_microseconds
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from ouroboros_llm.memory_pool import MemoryPool, Run
-from ouroboros_llm.phrases import AnswerBook, Notebook, Phrase, PhrasePool, PoolStats
+from ouroboros_llm.phrase_pool.base import AnswerBook, Notebook, Phrase, PhrasePool, PoolStats
+from ouroboros_llm.phrase_pool.memory import MemoryPool, Run
 
 from .buffer import Buffer, NoteBuffer, Nowhere
 from .records import PendingRun, ReadRun, ScopeKey, content_hash, decode, encode

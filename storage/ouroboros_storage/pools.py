@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from weakref import WeakValueDictionary
 
-from ouroboros_llm.entries import NOTES
 from ouroboros_llm.errors import StoreError
+from ouroboros_llm.phrase_pool.document_notes import NOTES
 
 from . import rows
 from .buffer import Nowhere

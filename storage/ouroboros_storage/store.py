@@ -14,7 +14,7 @@ from weakref import WeakSet
 from sqlalchemy import URL, Connection, Engine
 
 from ouroboros_llm.errors import OptionError, StoreError, StoreUnavailableError
-from ouroboros_llm.phrases import check_scope, check_scopes
+from ouroboros_llm.phrase_pool.base import check_scope, check_scopes
 
 from . import rows, upkeep
 from .bounds import Bounds, check_bound
@@ -276,7 +276,7 @@ class PhraseStore:
             return found
 
     def take_out(self, scope: str, *, fingerprint: str, runs: Collection[bytes], notes: Collection[str]) -> int:
-        """Erase single runs of a scope, by their keys (`ouroboros_llm.phrases.run_key`), and notes by their names.
+        """Erase single runs of a scope, by their keys (`phrase_pool.base.run_key`), and notes by their names.
 
         Open pools of the scope forget everything, and read what is left when they are opened again. Returns the number
         of runs the database held. Raises StoreError where it cannot be written.

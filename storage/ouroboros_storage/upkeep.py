@@ -9,9 +9,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, delete, distinct, func, literal, or_, select, true, update
 
-from ouroboros_llm.entries import NOTES
 from ouroboros_llm.errors import StoreError
-from ouroboros_llm.phrases import ANSWERS, KEPT_ANSWERS
+from ouroboros_llm.phrase_pool.base import ANSWERS, KEPT_ANSWERS
+from ouroboros_llm.phrase_pool.document_notes import NOTES
 
 from .bounds import Bounds
 from .records import ScopeKey, StoreStats, content_hash, to_time

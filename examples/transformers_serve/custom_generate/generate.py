@@ -14,10 +14,10 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 
 from ouroboros_llm import MemoryPool, OptionError, PhrasePool, PoolSource, custom_generate
+from ouroboros_llm.chat.text import vocabulary_hash
 from ouroboros_llm.defaults import default_store
-from ouroboros_llm.phrases import check_scope
-from ouroboros_llm.sources import open_pool, open_source
-from ouroboros_llm.text import vocabulary_hash
+from ouroboros_llm.phrase_pool.base import check_scope
+from ouroboros_llm.phrase_pool.opening import open_pool, open_source
 
 
 def generate(model: PreTrainedModel, **arguments: Any) -> Any:

@@ -110,7 +110,7 @@ def import_(source: str, scope: str | None, as_json: bool) -> None:
 
     Scopes that are there grow; of a run that is there, the larger count stays, so importing twice does no harm.
     """
-    from ouroboros_llm.phrases import check_scope
+    from ouroboros_llm.phrase_pool.base import check_scope
 
     if scope is not None:
         check_scope(scope)

@@ -120,7 +120,7 @@ def find_scopes(store: PhraseStore, names: Iterable[str]) -> dict[str, list[Stor
     Raises:
         StoreError: there is no such scope. OptionError: not a name.
     """
-    from ouroboros_llm.phrases import check_scope
+    from ouroboros_llm.phrase_pool.base import check_scope
 
     found: dict[str, list[StoredScope]] = {check_scope(name): [] for name in names}
     for one in store.list():

@@ -42,10 +42,10 @@ class Tokenizers:
         return self._loaded.get(fingerprint)
 
     def _load_next(self, model: str | None) -> Iterator[tuple[str, NamedTokenizer]]:
-        from ouroboros_llm import models
+        from ouroboros_llm.chat.text import vocabulary_hash
         from ouroboros_llm.defaults import default_model
-        from ouroboros_llm.packaged import registry
-        from ouroboros_llm.text import vocabulary_hash
+        from ouroboros_llm.models import loading as models
+        from ouroboros_llm.models.packaged import registry
 
         for name in (model,) if model else dict.fromkeys((default_model(), *registry())):
             try:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ouroboros_llm import ContextLengthError, DecodingOptions, OptionError, Piece
-from ouroboros_llm.replies import ContentDelta
-from ouroboros_llm.replies.asked import Asked
-from ouroboros_llm.replies.exchange import Exchange
-from ouroboros_llm.stream import off_the_loop
+from ouroboros_llm.chat.exchange import Exchange
+from ouroboros_llm.chat.reply_spec import Asked
+from ouroboros_llm.serving.stream import off_the_loop
+from ouroboros_llm.tool_parsers import ContentDelta
 
 from .prompts import Prompt
 from .responses import Said

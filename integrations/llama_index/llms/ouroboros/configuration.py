@@ -22,10 +22,10 @@ from llama_index.core.bridge.pydantic import (
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 
 from ouroboros_llm import DecodingOptions, OptionError, Ouroboros
+from ouroboros_llm.chat.reply_spec import REPLY_SETTINGS
 from ouroboros_llm.defaults import DEFAULT_STORE, default_model, shared
-from ouroboros_llm.model_facts import ModelFacts, facts_of
+from ouroboros_llm.models.metadata import ModelFacts, facts_of
 from ouroboros_llm.options import SETTINGS
-from ouroboros_llm.replies.asked import REPLY_SETTINGS
 from ouroboros_llm.scopes import corpus_of, current_scope
 
 from .asking import our_names

@@ -6,7 +6,7 @@ from llama_index.core.base.llms.types import LLMMetadata
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 
 from ouroboros_llm import Ouroboros
-from ouroboros_llm.model_facts import ModelFacts
+from ouroboros_llm.models.metadata import ModelFacts
 from ouroboros_llm.ouroboros import DEFAULT_MAX_NEW_TOKENS
 
 

@@ -18,11 +18,11 @@ from llama_index.core.base.llms.types import (
 )
 
 from ouroboros_llm import OptionError, PromptError
-from ouroboros_llm.replies import InvalidToolCall, ToolCall, template_tool_calls
-from ouroboros_llm.replies.asked import Asked
-from ouroboros_llm.replies.exchange import Exchange
-from ouroboros_llm.replies.templates import ArgumentsForm
-from ouroboros_llm.replies.turns import merged_turns
+from ouroboros_llm.chat.exchange import Exchange
+from ouroboros_llm.chat.prompt_fallbacks import merged_turns
+from ouroboros_llm.chat.reply_spec import Asked
+from ouroboros_llm.chat.template_support import ArgumentsForm
+from ouroboros_llm.tool_parsers import InvalidToolCall, ToolCall, template_tool_calls
 
 _ROLES = {
     MessageRole.SYSTEM: "system",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from llama_index.core.schema import BaseNode
 
 from ouroboros_llm import OptionError
-from ouroboros_llm.corpus import Indexed
+from ouroboros_llm.phrase_pool.corpus import Indexed
 from ouroboros_llm.scopes import corpus_of
 
 from .documents import ids_of, shown, texts_by_document

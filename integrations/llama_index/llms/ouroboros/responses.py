@@ -19,7 +19,7 @@ from llama_index.core.base.llms.types import (
 )
 
 from ouroboros_llm import GenerationResult
-from ouroboros_llm.replies import ArgumentsDelta, CallEnd, CallStart, ContentDelta, Delta, ReasoningDelta
+from ouroboros_llm.tool_parsers import ArgumentsDelta, CallEnd, CallStart, ContentDelta, Delta, ReasoningDelta
 
 R_co = TypeVar("R_co", covariant=True)
 

@@ -7,7 +7,7 @@ from contextlib import aclosing, closing
 from typing import TypeVar
 
 from ouroboros_llm import Piece
-from ouroboros_llm.stream import place
+from ouroboros_llm.serving.stream import place
 
 from .asking import Asking
 from .responses import Respond, Said

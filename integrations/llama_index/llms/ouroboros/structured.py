@@ -14,7 +14,7 @@ from llama_index_instrumentation import get_dispatcher
 from pydantic import BaseModel
 
 from ouroboros_llm import Grammar
-from ouroboros_llm.replies.forms import connected
+from ouroboros_llm.chat.reply_grammar import connected
 
 from .configuration import ConfiguredLLM
 

@@ -12,7 +12,7 @@ from llama_index.core.tools.types import BaseTool, ToolMetadata
 from pydantic import BaseModel
 
 from ouroboros_llm import OptionError
-from ouroboros_llm.replies.asked import Asked, asked_of, distinct
+from ouroboros_llm.chat.reply_spec import Asked, asked_of, distinct
 
 
 def asked(settings: Mapping[str, Any]) -> Asked:

@@ -1,0 +1,46 @@
+"""Guesses from a grammar: what it forces is no guess at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..decoding.drafter import Round
+from ..grammar.state import Place
+from .base import Guess, Guesses
+
+NAME = "grammar"
+
+_LIKELY = Guess((NAME, "likely"), prior=0.8)
+_OTHERWISE = Guess((NAME, "other"), prior=0.1)
+
+
+class GrammarSource:
+    """A `Source`, and the `Rule` of its text: tokens that the grammar forces are drafted with chance 1, tokens that it
+    does not allow are not drafted. Where it forces the text but not its tokens, the tokenizer's own are likely."""
+
+    name = NAME
+
+    def __init__(self, place: Callable[[Sequence[int]], Place]) -> None:
+        """`place`: where a text stands in the grammar."""
+        self._place = place
+
+    def open(self, context: Sequence[int]) -> None:
+        """The places belong to one text anyway."""
+
+    def start(self, context: Sequence[int]) -> Place:
+        return self._place(context)
+
+    def follow(self, state: Place, token_id: int) -> Place | None:
+        return state.follow(token_id)
+
+    def forced(self, state: Place) -> int | None:
+        return state.forced
+
+    def allows(self, state: Place, token_id: int) -> bool:
+        return state.allows(token_id)
+
+    def guesses(self, state: Place) -> Guesses | None:
+        return None if state.likely is None else Guesses({state.likely: _LIKELY}, _OTHERWISE)
+
+    def learn(self, round: Round) -> None:
+        """A grammar is known from the beginning."""

@@ -1,0 +1,44 @@
+"""What a model's reply consists of: content, reasoning and tool calls, read from the model's own markup.
+
+`format_of(tokenizer)` says how a model marks them; the format's `parse` takes a whole reply apart, its `stream` one
+that comes in pieces.
+"""
+
+from ..chat.template_support import arguments_form, template_tool_calls
+from .deltas import (
+    ArgumentsDelta,
+    CallEnd,
+    CallStart,
+    ContentDelta,
+    Delta,
+    InvalidToolCall,
+    ReasoningDelta,
+    Reply,
+    ToolCall,
+    reply_of,
+)
+from .families import format_of
+from .partial_json import spoiled
+from .reply_format import ReplyFormat
+from .response_template import TemplateStream
+from .streaming import ReplyStream
+
+__all__ = [
+    "ArgumentsDelta",
+    "CallEnd",
+    "CallStart",
+    "ContentDelta",
+    "Delta",
+    "InvalidToolCall",
+    "ReasoningDelta",
+    "Reply",
+    "ReplyFormat",
+    "ReplyStream",
+    "TemplateStream",
+    "ToolCall",
+    "arguments_form",
+    "format_of",
+    "reply_of",
+    "spoiled",
+    "template_tool_calls",
+]
