@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -191,7 +193,26 @@ def test_a_store_that_cannot_be_used_is_a_failure(own_place: Path, monkeypatch: 
 def test_passwords_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUROBOROS_STORE", "postgresql://user:secret@127.0.0.1:1/db")
     assert "secret" not in doctor().output and "user:***@" in doctor().output
-    assert checks.without_password("sqlite:///a:b@c.db") == "sqlite:///a:b@c.db"
+    assert checks.without_password("postgresql://u:p@ss@h/d") == "postgresql://u:***@h/d"
+    assert checks.without_password("postgresql://u@h/d?password=x&a=b") == "postgresql://u@h/d?password=***&a=b"
+    monkeypatch.setenv("OUROBOROS_STORE", "hunter2@host")
+    assert "hunter2" not in doctor().stdout.partition("store:")[0]
+
+
+def test_without_torch_it_is_a_report_and_no_traceback(own_place: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; from ouroboros_llm.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "doctor", "--json", saved(own_place)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert done.returncode == 1 and not found["answered"] and "Traceback" not in done.stderr
+    assert {check["name"]: check["state"] for check in found["checks"]}["versions"] == "ok"
+
+
+def test_a_folder_without_weights_is_not_here(own_place: Path) -> None:
+    folder = saved(own_place)
+    Path(folder, "model.safetensors").unlink()
+    result = doctor(folder)
+    assert result.exit_code == 1 and "FAILURE  weights:" in result.stdout and "FAILURE  answer:" in result.stdout
 
 
 # Versions.

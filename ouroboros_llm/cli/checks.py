@@ -7,13 +7,14 @@ import platform
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import Any, Literal
 
 State = Literal["ok", "warning", "failure"]
 
-_PASSWORD = re.compile(r"(?<=://)([^:/@]*):[^@]*@")
+_PASSWORD = re.compile(r"(?<=://)([^:/@\s]*):\S*@|((?:password|passwd|pwd)=)[^&\s]*", re.IGNORECASE)
+_WEIGHTS = ("*.safetensors", "*.bin")
 _GIB = 1 << 30
 
 
@@ -34,8 +35,8 @@ def run(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or "no reason given"
-        return Check(name, "failure", f"{reason} ({type(error).__name__})", {"error": str(error)})
+        reason = without_password(str(error).strip().partition("\n")[0]) or "no reason given"
+        return Check(name, "failure", f"{reason} ({type(error).__name__})", {"error": reason})
 
 
 def size(nbytes: int) -> str:
@@ -44,12 +45,13 @@ def size(nbytes: int) -> str:
 
 
 def without_password(text: str) -> str:
-    """A URL whose password is hidden."""
-    return _PASSWORD.sub(r"\1:***@", text)
+    """A text in which the passwords of URLs are hidden."""
+    return _PASSWORD.sub(lambda found: f"{found[2]}***" if found[2] else f"{found[1]}:***@", text)
 
 
 def versions() -> Check:
     """Compare what is installed with the ranges that this package declares."""
+    from packaging.specifiers import SpecifierSet
     from packaging.version import Version
 
     found: dict[str, dict[str, str | None]] = {}
@@ -64,7 +66,10 @@ def versions() -> Check:
             missing += [] if extra else [name]
         elif not tested.contains(Version(installed).base_version, prereleases=True):
             untested.append(f"{name} {installed} ({tested})")
-    facts = {"python": platform.python_version(), "packages": found}
+    python, needed = platform.python_version(), str(metadata("ouroboros-llm")["Requires-Python"])
+    facts = {"python": python, "packages": found}
+    if not SpecifierSet(needed).contains(python, prereleases=True):
+        return Check("versions", "failure", f"Python {python} is not {needed}; install one that is", facts)
     if missing:
         return Check("versions", "failure", f"not installed: {', '.join(missing)}; install ouroboros-llm anew", facts)
     extras = sorted({str(one["extra"]) for one in found.values() if one["extra"] and one["installed"] is None})
@@ -72,7 +77,7 @@ def versions() -> Check:
     if untested:
         text = f"outside of the tested range: {', '.join(untested)}; if something fails, install one within it{absent}"
         return Check("versions", "warning", text, facts)
-    return Check("versions", "ok", f"Python {facts['python']}, all packages are in the tested ranges{absent}", facts)
+    return Check("versions", "ok", f"Python {python}, all packages are in the tested ranges{absent}", facts)
 
 
 def _requirements() -> Iterator[tuple[str, Any, str | None]]:
@@ -126,9 +131,14 @@ def accelerator() -> Check:
 def environment() -> Check:
     """List the variables that change what is done."""
     ours = sorted(name for name in os.environ if name.startswith("OUROBOROS_"))
-    found = {name: without_password(os.environ[name]) for name in ours}
+    found = {name: _shown(os.environ[name]) for name in ours}
     text = ", ".join(f"${name}={value}" for name, value in found.items()) or "no variable of ours is set"
     return Check("environment", "ok", text, found)
+
+
+def _shown(value: str) -> str:
+    """A variable's value, unless it could be a URL that was written wrongly, password and all."""
+    return "(set, but not shown)" if "@" in value and "://" not in value else without_password(value)
 
 
 def weights(model: str) -> Check:
@@ -137,7 +147,7 @@ def weights(model: str) -> Check:
     from ..models.packaged import cache_folder, registry
 
     folder = local_folder(model)
-    if folder is not None:
+    if folder is not None and any(file for kind in _WEIGHTS for file in folder.glob(kind)):
         held = folder_size(folder)
         return Check("weights", "ok", f"{folder}, {size(held)}", {"folder": str(folder), "bytes": held})
     packaged = registry().get(model.lower())

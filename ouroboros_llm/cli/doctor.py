@@ -7,11 +7,15 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from typing import TYPE_CHECKING
 
 import click
 
 from . import checks, model_checks
 from .checks import Check
+
+if TYPE_CHECKING:
+    from ..ouroboros import Ouroboros
 
 _SIGNS = {"ok": "ok     ", "warning": "warning", "failure": "FAILURE"}
 
@@ -52,23 +56,29 @@ def examine(model: str, device: str, dtype: str, fetch: bool) -> Iterator[Check]
     weights = checks.run("weights", partial(checks.weights, model))
     if weights.state == "failure" and not fetch:
         yield weights
+        yield Check("answer", "failure", "none without weights")
         return
+    # A folder that is here is loaded as it is; by name, the hub would be asked.
+    name = weights.facts.get("folder") or model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they say stands in the checks
-        yield from _examine_model(model, device, dtype)
+        yield from _examine_model(name, device, dtype)
 
 
 def _examine_model(model: str, device: str, dtype: str) -> Iterator[Check]:
-    from ..ouroboros import Ouroboros
-
     loaded: list[Ouroboros] = []
 
     def load() -> Check:
+        from ..ouroboros import Ouroboros
+
         # In memory: the answer to a check is no phrase of anybody.
         loaded.append(Ouroboros.from_pretrained(model, device=device, dtype=dtype))
         return checks.weights(model)
 
-    yield checks.run("weights", load)
+    weights = checks.run("weights", load)
+    yield weights
+    if not loaded:
+        yield Check("answer", "failure", "none, because the model cannot be loaded")
     for ouroboros in loaded:
         with ouroboros:
             for name, check in model_checks.CHECKS.items():

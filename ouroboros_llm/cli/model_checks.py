@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from .checks import Check, size
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
 
 PROMPT = "Say hello."
 ANSWER_TOKENS = 12
-_PASSES = 3
+_PASSES, _READ = 3, 64
+"""Times that passes are timed, and tokens of a prompt that is read."""
 _VERIFIES = {"tree": "draft trees", "chain": "draft chains", "none": "no drafts"}
 
 
@@ -24,8 +26,11 @@ def drafts(ouroboros: Ouroboros) -> Check:
         "reason": probe.reason or None,
         "margin": probe.margin,
         "passes": "static" if prepared.way.static else "eager",
+        "batches": prepared.packer is not None,
     }
     text = f"verifies {_VERIFIES[probe.branching]}" + (f", because {probe.reason}" if probe.reason else "")
+    shape = "of fixed shape, which won a race here" if prepared.way.static else "of the library's own forward"
+    text += f"; passes {shape}{', several texts in one where that pays' if facts['batches'] else ''}"
     return Check("drafts", "warning" if probe.branching == "none" else "ok", text, facts)
 
 
@@ -75,20 +80,32 @@ def speed(ouroboros: Ouroboros) -> Check:
     prepared = ouroboros._prepared
     target: Any = prepared.start()
     with locked(prepared):
-        target.prefill((1,))
+        began = perf_counter()
+        target.prefill((1,) * _READ)[0, 0].item()
+        read = _READ / (perf_counter() - began)
         target.keep((0,))
         for width in (1, 8 if prepared.probe.branching != "none" else 1) * _PASSES:
             target.verify(DraftTree.chain((1,) * width))[0, 0].item()
-            target.keep((0,)) if prepared.probe.branching == "none" else target.rewind(1)
+            target.keep((0,)) if prepared.probe.branching == "none" else target.rewind(_READ)
     one = prepared.pass_times.one
     if one is None:
         return Check("speed", "ok", "known after the first answers", {})
     # Drafts of eight nodes stand for what acceptance lengths of two to four take.
     wide = one * prepared.pass_times.cost(8)
     rates = {"1": 1 / one, "2": 2 / wide, "4": 4 / wide}
-    facts = {"pass_seconds": one, "cost_of_width_8": wide / one, "tokens_per_second_by_acceptance_length": rates}
+    facts = {
+        "prefill_tokens_per_second": read,
+        "pass_seconds": one,
+        "cost_of_width_8": wide / one,
+        "tokens_per_second_by_acceptance_length": rates,
+    }
     drafted = f"{rates['2']:.1f} and {rates['4']:.1f} where drafts of 8 tokens bring 2 and 4 a pass"
-    return Check("speed", "ok", f"{rates['1']:.1f} tokens a second plain at this moment; {drafted}", facts)
+    return Check(
+        "speed",
+        "ok",
+        f"{rates['1']:.1f} tokens a second plain at this moment; {drafted}; prompts are read at {read:.0f}",
+        facts,
+    )
 
 
 def answer(ouroboros: Ouroboros) -> Check:
