@@ -26,7 +26,7 @@ from sqlalchemy import create_engine, make_url, text
 
 from ouroboros_llm.chat.text import vocabulary_hash
 from ouroboros_llm.cli import commands, main
-from ouroboros_llm.models.packaged import cache_folder
+from ouroboros_llm.environment import cache_folder
 from ouroboros_storage import PhraseStore
 from ouroboros_storage.cli import display, exchange
 from ouroboros_storage.migrations import MIGRATIONS

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from test_replies import QUERY, SQL, TOOLS, deltas_of, pieces_of, tokenizer_with
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ouroboros_llm.environment import cache_folder
 from ouroboros_llm.models import loading as models
-from ouroboros_llm.models.packaged import cache_folder
 from ouroboros_llm.tool_parsers import (
     InvalidToolCall,
     Reply,

@@ -9,8 +9,8 @@ from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMe
 
 from ouroboros_llm import PromptError
 from ouroboros_llm.chat.prompt_fallbacks import merged_turns
-from ouroboros_llm.chat.template_support import ArgumentsForm
-from ouroboros_llm.tool_parsers import InvalidToolCall, ToolCall, template_tool_calls
+from ouroboros_llm.chat.template_support import ArgumentsForm, template_tool_calls
+from ouroboros_llm.tool_parsers import InvalidToolCall, ToolCall
 
 _ROLES: tuple[tuple[type[BaseMessage], str], ...] = (
     (SystemMessage, "system"),

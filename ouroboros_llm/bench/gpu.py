@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from ..environment import cache_folder
 from ..models import loading as models
 from ..models.loading import LoadedModel
-from ..models.packaged import cache_folder, registry
+from ..models.packaged import registry
 from ..ouroboros import Ouroboros
 from ..sessions.device_memory import free_bytes, let_go
 from ..target_model.quantization import Quantization, quantize

@@ -143,8 +143,9 @@ def _shown(value: str) -> str:
 
 def weights(model: str) -> Check:
     """Say where the weights of a model are, or how large they would be."""
+    from ..environment import cache_folder
     from ..models.loading import local_folder
-    from ..models.packaged import cache_folder, registry
+    from ..models.packaged import registry
 
     folder = local_folder(model)
     if folder is not None and any(file for kind in _WEIGHTS for file in folder.glob(kind)):

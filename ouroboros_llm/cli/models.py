@@ -42,7 +42,8 @@ def models(as_json: bool) -> None:
 def packaged_rows() -> Iterator[ModelRow]:
     """The registry, the default model marked."""
     from ..defaults import default_model
-    from ..models.packaged import cache_folder, registry
+    from ..environment import cache_folder
+    from ..models.packaged import registry
 
     for name, packaged in registry().items():
         folder = cache_folder() / name

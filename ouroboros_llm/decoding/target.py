@@ -13,7 +13,6 @@ from .drafter import Successors
 if TYPE_CHECKING:
     import torch
 
-    from ..target_model.batching import Packer
 
 Branching = Literal["tree", "chain", "none"]
 """What one pass can verify: any draft, a draft without branches, or none."""
@@ -143,6 +142,16 @@ class KeptTarget(TargetModel, Protocol):
         """Bytes of keys, values and other states, spare room included."""
 
 
+class Batcher(Protocol):
+    """Makes passes of several texts of one model in one forward pass."""
+
+    def make(self, wanted: Sequence[Pass]) -> dict[Pass, torch.Tensor | None]:
+        """Make the first of `wanted`, and others with it where that pays: logits of each that was made.
+
+        None stands for a pass that its maker has to make alone.
+        """
+
+
 @dataclass(eq=False, slots=True)
 class Pass:
     """One forward pass that is wanted of a target: `verify`, or `prefill` where there is a text to read."""
@@ -158,10 +167,10 @@ class Pass:
     """What the pass took; on an accelerator, where it was made alone, until it was handed over."""
 
     @property
-    def packer(self) -> Packer | None:
+    def packer(self) -> Batcher | None:
         """Makes it together with other passes of the same model; None where it can only be made alone."""
         # Not in the protocol: targets that know nothing of packing are made alone.
-        packer: Packer | None = getattr(self.target, "packer", None)
+        packer: Batcher | None = getattr(self.target, "packer", None)
         return packer
 
     def make(self) -> torch.Tensor | Walked:

@@ -11,8 +11,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from .. import progress
+from ..environment import cache_folder
 from ..errors import ModelDownloadError, ModelError, OptionError, UnknownModelError
-from .packaged import cache_folder, fetch, registry
+from .packaged import fetch, registry
 
 if TYPE_CHECKING:
     import torch

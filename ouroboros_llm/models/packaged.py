@@ -18,10 +18,10 @@ from functools import cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from platformdirs import user_cache_path
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from .. import progress
+from ..environment import cache_folder
 from ..errors import ModelDownloadError
 
 _GGUF = "weights.gguf"
@@ -50,12 +50,6 @@ def registry() -> dict[str, PackagedModel]:
         name: PackagedModel(**{**entry, "parts": tuple(tuple(part) for part in entry["parts"])})
         for name, entry in table.items()
     }
-
-
-def cache_folder() -> Path:
-    """`$OUROBOROS_CACHE`, or the user's cache folder."""
-    folder = os.environ.get("OUROBOROS_CACHE")
-    return Path(folder).expanduser() if folder else user_cache_path("ouroboros-llm", appauthor=False) / "models"
 
 
 def fetch(name: str, packaged: PackagedModel) -> Path:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from math import exp, log
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -21,8 +21,21 @@ from ..transformers_api import Cache, CacheLayer, complete_layer, rope_of
 from .kv_cache import SlotLayer
 from .latency import PassTimes
 
-if TYPE_CHECKING:
-    from .eager import EagerTarget
+
+class BatchableTarget(Protocol):
+    """A target whose passes can be made together with others' of the same model."""
+
+    token_ids: list[int]
+    cache: Any
+
+    def begin(self, draft: DraftTree, text: Sequence[int] | None = None) -> Sequence[int]:
+        """Get ready for a pass; of `text` the tokens before the draft's root that are still to be read."""
+
+    def read(
+        self, rows: Sequence[tuple[DraftTree, int]], states: Cache, wanted: int | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Make one pass over drafts, each behind so many committed tokens of a text of its own; logits of `wanted`."""
+
 
 PACK_TOKENS = 512
 """Tokens of a pass that is made for several texts: as many as of a chunk of one prompt."""
@@ -157,7 +170,7 @@ def _sum(sizes: Iterable[Size]) -> Size:
 
 
 @torch.inference_mode()
-def _forward(targets: Sequence[EagerTarget], passes: Sequence[Pass]) -> list[torch.Tensor]:
+def _forward(targets: Sequence[BatchableTarget], passes: Sequence[Pass]) -> list[torch.Tensor]:
     unread = [target.begin(wanted.draft, wanted.text) for target, wanted in zip(targets, passes, strict=True)]
     drafts = [wanted.draft.behind(before) for wanted, before in zip(passes, unread, strict=True)]
     wanted_rows = [
@@ -178,7 +191,7 @@ def _last_of_each(widths: Sequence[int], wanted: Sequence[int]) -> torch.Tensor 
     return torch.cat([torch.arange(end - count, end) for end, count in zip(ends, wanted, strict=True)])
 
 
-def _shared(targets: Sequence[EagerTarget], drafts: Sequence[DraftTree]) -> Cache:
+def _shared(targets: Sequence[BatchableTarget], drafts: Sequence[DraftTree]) -> Cache:
     """A cache whose layers are those of all targets."""
     widths = [draft.width for draft in drafts]
     layers = zip(*(target.cache.states.layers for target in targets), strict=True)

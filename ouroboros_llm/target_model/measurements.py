@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from .. import __version__
 from ..decoding.target import Branching
-from ..models.packaged import cache_folder
+from ..environment import cache_folder
 from ..transformers_api import VERSION, attention_of
 from .capabilities import Probe
 from .latency import WIDTHS

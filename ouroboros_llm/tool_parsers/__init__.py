@@ -4,7 +4,6 @@
 that comes in pieces.
 """
 
-from ..chat.template_support import arguments_form, template_tool_calls
 from .deltas import (
     ArgumentsDelta,
     CallEnd,
@@ -36,9 +35,7 @@ __all__ = [
     "ReplyStream",
     "TemplateStream",
     "ToolCall",
-    "arguments_form",
     "format_of",
     "reply_of",
     "spoiled",
-    "template_tool_calls",
 ]

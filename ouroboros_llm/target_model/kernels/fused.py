@@ -4,12 +4,15 @@ library's modules round. Importing this module needs Triton.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import triton
 import triton.language as tl
 
 from ..latency import on
-from ..static.fused_ops import Activation
+
+Activation = Literal["silu", "gelu", "gelu tanh"]
 
 _BLOCK = 1024
 """Numbers that a program gates."""

@@ -21,8 +21,8 @@ from ouroboros_llm import OptionError, PromptError
 from ouroboros_llm.chat.exchange import Exchange
 from ouroboros_llm.chat.prompt_fallbacks import merged_turns
 from ouroboros_llm.chat.reply_spec import Asked
-from ouroboros_llm.chat.template_support import ArgumentsForm
-from ouroboros_llm.tool_parsers import InvalidToolCall, ToolCall, template_tool_calls
+from ouroboros_llm.chat.template_support import ArgumentsForm, template_tool_calls
+from ouroboros_llm.tool_parsers import InvalidToolCall, ToolCall
 
 _ROLES = {
     MessageRole.SYSTEM: "system",
