@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,7 +78,10 @@ try:
     from transformers.generation.utils import GenerateDecoderOnlyOutput
     from transformers.pytorch_utils import Conv1D
 except ImportError as error:
-    raise missing(str(error)) from error
+    name = re.search(r"cannot import name '(\w+)'", str(error))
+    if name is None:  # something else is broken, which says so by itself
+        raise
+    raise missing(name.group(1)) from error
 
 __all__ = ["Cache", "Conv1D", "DynamicCache"]  # passed on; what is defined here is public too
 
@@ -136,7 +140,11 @@ class ForwardSignature:
         return model(input_ids=token_ids, use_cache=True, return_dict=True, **given)
 
     def cache_of(self, output: Any) -> Any:
-        """The cache or state that a pass returned. Raises LibraryVersionError where the output has no such field."""
+        """The cache or state that a pass returned.
+
+        Raises:
+            ModelError: the output has no such field. LibraryVersionError: no model of this version would have.
+        """
         assert self.cache_name is not None
         for name in (self.cache_name, *_CACHE_NAMES):
             if name in output:
@@ -144,6 +152,8 @@ class ForwardSignature:
         # A model without a cache leaves the field empty, and then the output does not list it.
         if any(hasattr(output, name) for name in _CACHE_NAMES):
             return None
+        if _has_known_names():
+            raise ModelError(f"model must return a cache to go on from, but its {type(output).__name__} holds none")
         raise missing(f"{' or '.join(_CACHE_NAMES)} in {type(output).__name__}")
 
 
@@ -167,14 +177,14 @@ def check_generates(model: PreTrainedModel) -> None:
     """Make sure that a model is a causal language model which returns a cache to go on from.
 
     Raises:
-        ModelError: it is not. LibraryVersionError: it is one of the library's own, which would be if this version of
-            the library had the names that are looked for.
+        ModelError: it is not. LibraryVersionError: no model would be, because this version of the library has none of
+            the names that are looked for.
     """
     is_causal = model.can_generate() and not model.config.is_encoder_decoder
     if is_causal and forward_signature(model).cache_name is not None:
         return
     name = type(model).__name__
-    if is_causal and type(model).__module__.startswith("transformers."):
+    if is_causal and not _has_known_names():
         raise missing(f"parameter {' or '.join(_CACHE_NAMES)} of {name}.forward")
     reason = f"whose forward takes none of {', '.join(_CACHE_NAMES)}" if is_causal else "which is none"
     raise ModelError(
@@ -188,6 +198,13 @@ def last_logits(model: torch.nn.Module, token_ids: torch.Tensor) -> torch.Tensor
     given = {_LOGITS_TO_KEEP: 1} if forward_signature(model).keeps_logits else {}
     logits: torch.Tensor = model(token_ids, **given).logits[0, -1]
     return logits
+
+
+def _has_known_names() -> bool:
+    """Whether this version of the library calls caches by a name that is known, as its Llama shows."""
+    from transformers import LlamaForCausalLM
+
+    return _remembered_signature(LlamaForCausalLM.forward).cache_name is not None
 
 
 # Modules.
@@ -299,6 +316,13 @@ def unregister_attention(name: str) -> None:
     """Take back what `register_attention` did; the library has no way to."""
     for interface in (AttentionInterface, AttentionMaskInterface):
         interface._global_mapping.pop(name, None)
+
+
+def attention_function(name: str) -> Any:
+    """The function that layers attend by under a name; None where they attend by code of their own."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS[name] if name in ALL_ATTENTION_FUNCTIONS else None
 
 
 def attention_of(config: PreTrainedConfig) -> str:

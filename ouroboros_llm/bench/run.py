@@ -15,6 +15,7 @@ from .. import models
 from ..models import LoadedModel
 from ..ouroboros import Ouroboros
 from ..quantization import Quantization
+from ..target.prepared import measure_now
 from .methods import build_methods, choose_methods
 from .prompts import read_prompts
 from .report import machine, summarize
@@ -109,6 +110,8 @@ def _loaded(settings: Settings) -> Iterator[tuple[Ouroboros, LoadedModel | None]
     if settings.draft:
         draft = models.load(settings.draft, device=target.model.device, dtype=target.model.dtype)
     pair = (draft.model, draft.tokenizer) if draft else None
+    for one in filter(None, (target, draft)):
+        measure_now(one.model)
     with Ouroboros(target.model, target.tokenizer, draft_model=pair) as ouroboros:
         ouroboros.name = target.name
         yield ouroboros, draft
