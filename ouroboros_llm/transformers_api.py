@@ -43,7 +43,7 @@ def tested_versions(package: str = "transformers") -> SpecifierSet:
 
 
 def is_tested(version: str, package: str = "transformers") -> bool:
-    """Whether a version lies in the tested range; pre-releases count as the release that they lead to."""
+    """Tell whether a version lies in the tested range; pre-releases count as the release that they lead to."""
     return tested_versions(package).contains(Version(version).base_version, prereleases=True)
 
 
@@ -106,7 +106,7 @@ class ForwardSignature:
 
     @property
     def takes_cache(self) -> bool:
-        """Whether it takes a `Cache`, rather than a state of the model's own."""
+        """Tell whether it takes a `Cache`, rather than a state of the model's own."""
         return self.cache_name is not None and self.cache_name not in _CACHE_NAMES[2:]
 
     def call(
@@ -201,7 +201,7 @@ def last_logits(model: torch.nn.Module, token_ids: torch.Tensor) -> torch.Tensor
 
 
 def _has_known_names() -> bool:
-    """Whether this version of the library calls caches by a name that is known, as its Llama shows."""
+    """Tell whether this version of the library calls caches by a name that is known, as its Llama shows."""
     from transformers import LlamaForCausalLM
 
     return _remembered_signature(LlamaForCausalLM.forward).cache_name is not None
@@ -213,7 +213,7 @@ _ROTARY = ("q", "k", "cos", "sin")
 
 
 def takes_one_argument(module: torch.nn.Module) -> bool:
-    """Whether a module's forward needs one argument and no more."""
+    """Tell whether a module's forward needs one argument and no more."""
     own = inspect.signature(type(module).forward).parameters.values()
     needed = [one for one in own if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
     return len(needed) == 2
@@ -225,7 +225,7 @@ def forward_of(module: torch.nn.Module) -> Any:
 
 
 def is_rotary(function: Any) -> bool:
-    """Whether a function is one that rotates queries and keys: q, k, cos and sin come first."""
+    """Tell whether a function is one that rotates queries and keys: q, k, cos and sin come first."""
     return isinstance(function, FunctionType) and (*inspect.signature(function).parameters,)[:4] == _ROTARY
 
 
@@ -272,7 +272,7 @@ def attention_layers(config: PreTrainedConfig) -> int | None:
 
 
 def is_croppable(states: Any) -> bool:
-    """Whether a cache can drop the last tokens of what it has read."""
+    """Tell whether a cache can drop the last tokens of what it has read."""
     return bool(getattr(states, "is_croppable", False))
 
 

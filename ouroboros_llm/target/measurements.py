@@ -216,7 +216,7 @@ def _code(model: PreTrainedModel) -> list[str] | None:
 
 
 def _of_a_library(function: Any) -> bool:
-    """Whether a function is one of the library's own, or none, which stands for what the layers themselves do."""
+    """Tell whether a function is one of the library's own, or none, which stands for what the layers themselves do."""
     return function is None or function.__module__.partition(".")[0] in _LIBRARIES
 
 

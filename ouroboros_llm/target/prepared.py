@@ -166,7 +166,7 @@ class _Known:
         logger.debug("the pass that failed", exc_info=error)
 
     def batches(self, model: PreTrainedModel) -> bool:
-        """Whether one pass can be made over several texts, found out the first time."""
+        """Tell whether one pass can be made over several texts, found out the first time."""
         if self.measurements.batches is None:
             if self.key is not None and key_of(model, self.fingerprint) != self.key:
                 self.key = None  # hooks have come, or code has changed: what is found now is no more than this object's

@@ -75,7 +75,7 @@ def probe(model: PreTrainedModel, times: PassTimes | None = None) -> Probe:
 
 
 def is_confirmed(model: PreTrainedModel, found: Probe, static: StaticForward | None = None) -> bool:
-    """Whether a model still verifies the drafts that it was found to verify, by four passes.
+    """Tell whether a model still verifies the drafts that it was found to verify, by four passes.
 
     Measurements that are found again are trusted no further: code may have changed in ways that their key does not
     see. Logits after a path of a draft are compared with those of a plain pass over the same tokens.
@@ -133,7 +133,7 @@ def probing_static(model: PreTrainedModel, static: StaticForward, found: Probe) 
 
 
 def probe_batching(model: PreTrainedModel) -> bool:
-    """Whether one pass over several texts gives what passes over each alone do, whatever the other texts are.
+    """Tell whether one pass over several texts gives what passes over each alone do, whatever the other texts are.
 
     Some fifteen passes over at most 24 tokens a text are run.
     """
