@@ -399,6 +399,7 @@ class Ouroboros:
     def close(self) -> None:
         """Flush, close a store that was opened from a URL, and free kept keys and values. Idempotent."""
         self.flush()
+        self._worker.give_up_idle_work()
         keep_measurements(self.model)
         if self._owns_store:
             self.store.close()

@@ -29,14 +29,14 @@ def show_progress(shown: bool | None = True) -> None:
 
 
 def is_shown() -> bool:
-    """Whether progress is shown."""
+    """Tell whether progress is shown."""
     if _shown is not None:
         return _shown
     return os.environ.get("OUROBOROS_PROGRESS", "1").lower() not in ("0", "false", "no", "off")
 
 
 def is_animated(where: Console | None = None) -> bool:
-    """Whether bars and spinners are shown there, or where progress is: on a terminal that somebody looks at."""
+    """Tell whether bars and spinners are shown there, or where progress is: on a terminal that somebody looks at."""
     return is_shown() and (where or console).is_terminal
 
 

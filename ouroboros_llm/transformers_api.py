@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def tested_versions(package: str = "transformers") -> SpecifierSet:
 
 
 def is_tested(version: str, package: str = "transformers") -> bool:
-    """Whether a version lies in the tested range; pre-releases count as the release that they lead to."""
+    """Tell whether a version lies in the tested range; pre-releases count as the release that they lead to."""
     return tested_versions(package).contains(Version(version).base_version, prereleases=True)
 
 
@@ -77,7 +78,10 @@ try:
     from transformers.generation.utils import GenerateDecoderOnlyOutput
     from transformers.pytorch_utils import Conv1D
 except ImportError as error:
-    raise missing(str(error)) from error
+    name = re.search(r"cannot import name '(\w+)'", str(error))
+    if name is None:  # something else is broken, which says so by itself
+        raise
+    raise missing(name.group(1)) from error
 
 __all__ = ["Cache", "Conv1D", "DynamicCache"]  # passed on; what is defined here is public too
 
@@ -102,7 +106,7 @@ class ForwardSignature:
 
     @property
     def takes_cache(self) -> bool:
-        """Whether it takes a `Cache`, rather than a state of the model's own."""
+        """Tell whether it takes a `Cache`, rather than a state of the model's own."""
         return self.cache_name is not None and self.cache_name not in _CACHE_NAMES[2:]
 
     def call(
@@ -136,7 +140,11 @@ class ForwardSignature:
         return model(input_ids=token_ids, use_cache=True, return_dict=True, **given)
 
     def cache_of(self, output: Any) -> Any:
-        """The cache or state that a pass returned. Raises LibraryVersionError where the output has no such field."""
+        """The cache or state that a pass returned.
+
+        Raises:
+            ModelError: the output has no such field. LibraryVersionError: no model of this version would have.
+        """
         assert self.cache_name is not None
         for name in (self.cache_name, *_CACHE_NAMES):
             if name in output:
@@ -144,6 +152,8 @@ class ForwardSignature:
         # A model without a cache leaves the field empty, and then the output does not list it.
         if any(hasattr(output, name) for name in _CACHE_NAMES):
             return None
+        if _has_known_names():
+            raise ModelError(f"model must return a cache to go on from, but its {type(output).__name__} holds none")
         raise missing(f"{' or '.join(_CACHE_NAMES)} in {type(output).__name__}")
 
 
@@ -167,14 +177,14 @@ def check_generates(model: PreTrainedModel) -> None:
     """Make sure that a model is a causal language model which returns a cache to go on from.
 
     Raises:
-        ModelError: it is not. LibraryVersionError: it is one of the library's own, which would be if this version of
-            the library had the names that are looked for.
+        ModelError: it is not. LibraryVersionError: no model would be, because this version of the library has none of
+            the names that are looked for.
     """
     is_causal = model.can_generate() and not model.config.is_encoder_decoder
     if is_causal and forward_signature(model).cache_name is not None:
         return
     name = type(model).__name__
-    if is_causal and type(model).__module__.startswith("transformers."):
+    if is_causal and not _has_known_names():
         raise missing(f"parameter {' or '.join(_CACHE_NAMES)} of {name}.forward")
     reason = f"whose forward takes none of {', '.join(_CACHE_NAMES)}" if is_causal else "which is none"
     raise ModelError(
@@ -190,13 +200,20 @@ def last_logits(model: torch.nn.Module, token_ids: torch.Tensor) -> torch.Tensor
     return logits
 
 
+def _has_known_names() -> bool:
+    """Tell whether this version of the library calls caches by a name that is known, as its Llama shows."""
+    from transformers import LlamaForCausalLM
+
+    return _remembered_signature(LlamaForCausalLM.forward).cache_name is not None
+
+
 # Modules.
 
 _ROTARY = ("q", "k", "cos", "sin")
 
 
 def takes_one_argument(module: torch.nn.Module) -> bool:
-    """Whether a module's forward needs one argument and no more."""
+    """Tell whether a module's forward needs one argument and no more."""
     own = inspect.signature(type(module).forward).parameters.values()
     needed = [one for one in own if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
     return len(needed) == 2
@@ -208,7 +225,7 @@ def forward_of(module: torch.nn.Module) -> Any:
 
 
 def is_rotary(function: Any) -> bool:
-    """Whether a function is one that rotates queries and keys: q, k, cos and sin come first."""
+    """Tell whether a function is one that rotates queries and keys: q, k, cos and sin come first."""
     return isinstance(function, FunctionType) and (*inspect.signature(function).parameters,)[:4] == _ROTARY
 
 
@@ -255,7 +272,7 @@ def attention_layers(config: PreTrainedConfig) -> int | None:
 
 
 def is_croppable(states: Any) -> bool:
-    """Whether a cache can drop the last tokens of what it has read."""
+    """Tell whether a cache can drop the last tokens of what it has read."""
     return bool(getattr(states, "is_croppable", False))
 
 
@@ -299,6 +316,13 @@ def unregister_attention(name: str) -> None:
     """Take back what `register_attention` did; the library has no way to."""
     for interface in (AttentionInterface, AttentionMaskInterface):
         interface._global_mapping.pop(name, None)
+
+
+def attention_function(name: str) -> Any:
+    """The function that layers attend by under a name; None where they attend by code of their own."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS[name] if name in ALL_ATTENTION_FUNCTIONS else None
 
 
 def attention_of(config: PreTrainedConfig) -> str:

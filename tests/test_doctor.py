@@ -286,3 +286,44 @@ def test_models_of_the_hub_s_cache_are_listed(own_place: Path) -> None:
     result = CliRunner().invoke(main, ["models", "--json"], env={"OUROBOROS_MODEL": "org/name"})
     [row] = [row for row in json.loads(result.stdout) if row["name"] == "org/name"]
     assert row["default"] and row["bytes"] == 10 and row["download_bytes"] is None
+
+
+# The store is looked at, not changed.
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_old_store_is_not_migrated(version: int, own_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = own_place / "store"
+    folder.mkdir()
+    [old] = (Path(__file__).parent / "schemas").glob(f"*{version}*.db")
+    (folder / "old.db").write_bytes(old.read_bytes())
+    before = contents(folder)
+    monkeypatch.setenv("OUROBOROS_STORE", f"sqlite:///{folder}/old.db")
+    check = checks.store()
+    assert check.state == "ok" and f"brings its schema from {version} to 3" in check.text
+    assert contents(folder) == before
+
+
+def test_a_damaged_store_is_a_failure_and_stays_where_it_is(own_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = own_place / "store"
+    folder.mkdir()
+    (folder / "bad.db").write_bytes(b"no database at all, but long enough to be taken for one" * 100)
+    before = contents(folder)
+    monkeypatch.setenv("OUROBOROS_STORE", f"sqlite:///{folder}/bad.db")
+    check = checks.store()
+    assert check.state == "failure" and "is no database" in check.text
+    assert contents(folder) == before
+
+
+def test_a_store_that_cannot_be_written_is_a_failure(own_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ouroboros_storage import PhraseStore
+
+    with PhraseStore(f"sqlite:///{own_place}/phrases.db") as store:
+        store.setup()
+    monkeypatch.setattr("ouroboros_storage.examination.os.access", lambda *_: False)
+    check = checks.store()
+    assert check.state == "failure" and "not writable" in check.text

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, byte_tokenizer, own_model, plain
 
+import ouroboros_llm.target_model.eager
 import ouroboros_llm.target_model.measurements
 from ouroboros_llm import DecodingOptions, Ouroboros
 from ouroboros_llm.target_model import measurements, prepared
@@ -86,7 +87,7 @@ def test_few_passes_come_before_the_first_token(
     assert len(first_token(own_model(architecture), passes)) <= 24 + ahead
     later_process()
     known = first_token(own_model(architecture), passes)
-    assert len(known) <= 1 + ahead and known[0] >= len(PROMPT), "the first pass reads the prompt"
+    assert len(known) <= 5 + ahead
 
 
 def test_what_is_kept_is_found() -> None:
@@ -185,6 +186,7 @@ def test_a_model_that_differs_has_another_key(change: Callable[[Any], None]) -> 
     ("owner", "name", "value"),
     [
         (measurements, "VERSION", "9.9.9"),
+        (measurements, "own_code", lambda: "another"),
         (torch, "__version__", "9.9.9"),
         (measurements, "processor_name", lambda: "another"),
         (torch, "get_num_threads", lambda: 64),
@@ -196,6 +198,46 @@ def test_another_machine_or_version_has_another_key(
     before = key(own_model())
     monkeypatch.setattr(owner, name, value)
     assert key(own_model()) != before
+
+
+def test_a_mask_that_is_wrong_by_now_is_found(
+    monkeypatch: pytest.MonkeyPatch, later_process: Callable[[], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The key cannot see all that may change: what was found is confirmed by a few passes."""
+    prepare(own_model())
+    later_process()
+    masks = ouroboros_llm.target_model.eager.tree_masks
+    monkeypatch.setattr(ouroboros_llm.target_model.eager, "tree_masks", lambda *given: torch.ones_like(masks(*given)))
+    model = own_model()
+    assert prepare(model).probe.branching == "chain"
+    assert "is not what it was" in caplog.text
+    with Ouroboros(model, byte_tokenizer()) as ouroboros:
+        assert list(ouroboros.generate(PROMPT, options=OPTIONS).token_ids) == plain(model, PROMPT, 12)
+
+
+def test_attention_that_is_no_library_s_is_measured_by_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurements, "attention_function", lambda name: test_what_is_kept_is_found)
+    assert key(own_model()) is None
+
+
+def test_constants_of_a_forward_are_part_of_the_key() -> None:
+    keys = set()
+    for factor in (1.0, 2.0):
+        model = own_model()
+        kind = type(model.model.norm)
+        code = f"def forward(self, x): return super(kind, self).forward(x) * {factor}"
+        names: dict[str, Any] = {"kind": kind}
+        exec(code, names)
+        model.model.norm.__class__ = type("Other", (kind,), {"forward": names["forward"], "__module__": __name__})
+        keys.add(key(model))
+    assert len(keys) == 2 and None not in keys
+
+
+@pytest.mark.parametrize("odd", [{1: 2, "a": 3}, object(), {"f": test_what_is_kept_is_found}])
+def test_a_configuration_that_cannot_be_written_down_stops_nothing(odd: Any) -> None:
+    model = own_model()
+    model.config.mine = odd
+    assert prepare(model).probe.branching == "tree"
 
 
 def hooked(model: Any) -> None:
@@ -246,7 +288,7 @@ def test_a_race_is_won_for_the_next_process(
     list(measure(model))
     later_process()
     again = own_model()
-    assert prepare(again).way.static is not None and not widths_of(again, passes)
+    assert prepare(again).way.static is not None and len(widths_of(again, passes)) <= 7
     with Ouroboros(again, byte_tokenizer()) as ouroboros:
         assert list(ouroboros.generate(PROMPT, options=OPTIONS).token_ids) == plain(again, PROMPT, 12)
 

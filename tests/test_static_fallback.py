@@ -67,6 +67,27 @@ def answer(ouroboros: Ouroboros, prompt: list[int], scope: str, options: Decodin
     return list(ouroboros.generate(prompt, scope=scope, options=options).token_ids)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        GREEDY,
+        SAMPLED,
+        DecodingOptions(max_new_tokens=40, repetition_penalty=1.3),
+        DecodingOptions(max_new_tokens=40, drafters=("phrases",)),
+        DecodingOptions(max_new_tokens=40, max_draft_tokens=0),
+    ],
+    ids=["greedy", "sampled", "penalty", "no recycling", "no drafts"],
+)
+def test_logits_that_are_no_numbers_reach_nobody(
+    options: DecodingOptions, wrapped: Ouroboros, monkeypatch: pytest.MonkeyPatch, warned: Callable[[], list[str]]
+) -> None:
+    expected = answer(wrapped, PROMPT, "before", options)
+    step = StaticForward.step
+    monkeypatch.setattr(StaticForward, "step", lambda static, *args: step(static, *args) * float("nan"))
+    assert answer(wrapped, PROMPT, "a", options) == expected
+    assert len(warned()) == 1 and wrapped._prepared.way.static is None
+
+
 def on_disk(folder: Path, model: Any) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / f"{prepared._known[model].key}.json").read_text())
     return found
@@ -294,7 +315,8 @@ def test_passes_that_fail_in_the_race_have_lost_it(
     model = own_model(seed=10)
     prepare(model)
     work = measure(model)
-    next(work)
+    for _ in range(5):  # until the first race is due
+        next(work)
     failing = Failing(monkeypatch, lambda count: CompilationError() if count == 2 else None)
     list(work)
     assert failing.failures == 1 and len(warned()) == 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,7 +100,11 @@ def test_a_cache_is_handed_over_and_found_under_every_name(name: str) -> None:
     check_generates(model)
 
 
-def test_an_output_without_a_cache_is_the_version_s_fault() -> None:
+def test_an_output_without_a_cache_is_the_version_s_fault_only_where_all_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match="its dict holds none") as info:
+        ForwardSignature("cache", False, False).cache_of({"logits": 1})
+    assert not isinstance(info.value, LibraryVersionError)
+    monkeypatch.setattr(transformers_api, "_has_known_names", lambda: False)
     with pytest.raises(LibraryVersionError, match=f"transformers {transformers_api.VERSION} has no cache or"):
         ForwardSignature("cache", False, False).cache_of({"logits": 1})
 
@@ -138,6 +144,23 @@ def test_a_model_outside_of_the_library_is_told_what_is_expected() -> None:
     with pytest.raises(ModelError, match="whose forward takes none of cache, past_key_values") as info:
         check_generates(model)
     assert not isinstance(info.value, LibraryVersionError)
+
+
+@pytest.mark.parametrize("name", ["OpenAIGPT", "XLM"])
+def test_models_that_never_had_a_cache_are_no_fault_of_the_version(name: str) -> None:
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=30, n_embd=8, n_layer=1, n_head=2, emb_dim=8, n_layers=1, n_heads=2, is_decoder=True, causal=True
+    )
+    kind = {"OpenAIGPT": "OpenAIGPTLMHeadModel", "XLM": "XLMWithLMHeadModel"}[name]
+    with pytest.raises(ModelError) as info:
+        prepare(getattr(transformers, kind)(config))
+    assert not isinstance(info.value, LibraryVersionError)
+
+
+def test_what_else_is_broken_says_so_by_itself() -> None:
+    code = "import sys; sys.modules['transformers.cache_utils'] = None\nimport ouroboros_llm.transformers_api"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "has no" not in done.stderr and "transformers.cache_utils" in done.stderr
 
 
 def test_a_layer_that_lacks_a_method_is_found_before_it_is_used() -> None:

@@ -14,6 +14,7 @@ import torch
 from ..models import loading as models
 from ..models.loading import LoadedModel
 from ..ouroboros import Ouroboros
+from ..target_model.prepared import measure_now
 from ..target_model.quantization import Quantization
 from .methods import build_methods, choose_methods
 from .prompts import read_prompts
@@ -109,6 +110,8 @@ def _loaded(settings: Settings) -> Iterator[tuple[Ouroboros, LoadedModel | None]
     if settings.draft:
         draft = models.load(settings.draft, device=target.model.device, dtype=target.model.dtype)
     pair = (draft.model, draft.tokenizer) if draft else None
+    for one in filter(None, (target, draft)):
+        measure_now(one.model)
     with Ouroboros(target.model, target.tokenizer, draft_model=pair) as ouroboros:
         ouroboros.name = target.name
         yield ouroboros, draft

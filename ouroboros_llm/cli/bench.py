@@ -11,6 +11,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from .. import progress
 from .commands import INTERRUPTED
 
 TABLE_WIDTH = 120
@@ -72,7 +73,7 @@ def bench(as_json: bool, **options: Any) -> None:
     report = measure(
         Settings(**options),
         _no_progress if as_json else _progress,
-        lambda folder: click.echo(f"results in {folder}", err=True),
+        lambda folder: progress.say(f"results in {folder}"),
     )
     if as_json:
         click.echo(json.dumps(report, indent=2, ensure_ascii=False))
@@ -124,7 +125,7 @@ def gpu(as_json: bool, **options: Any) -> None:
     from ..bench.gpu import Settings, measure
     from ..bench.gpu_tables import markdown
 
-    report = measure(Settings(**options), lambda line: click.echo(line, err=True))
+    report = measure(Settings(**options), progress.say)
     click.echo(json.dumps(report, indent=2, ensure_ascii=False) if as_json else markdown(report))
 
 

@@ -164,24 +164,17 @@ def folder_size(folder: Path) -> int:
 
 
 def store() -> Check:
-    """Open the phrase store that a caller who names none gets."""
+    """Look at the phrase store that a caller who names none gets, without changing anything of it."""
     from ..defaults import default_store
     from ..phrase_pool.opening import store_class
 
-    url = default_store()
-    shown = without_password(url)
-    file = Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
-    facts: dict[str, Any] = {"url": shown, "exists": file.exists() if file else None}
-    if file is not None and not file.exists():
-        parent = next(folder for folder in file.parents if folder.exists())
-        if not os.access(parent, os.W_OK):
-            text = f"{shown} cannot be made: {parent} is not writable; set $OUROBOROS_STORE to a file that can"
-            return Check("store", "failure", text, facts)
-        return Check("store", "ok", f"{shown}, made on first use", facts)
-    opened = store_class()(url)
-    try:
-        opened.setup()
-        facts["scopes"] = len(opened.list())
-    finally:
-        opened.close()
-    return Check("store", "ok", f"{shown}, {facts['scopes']} scopes", facts)
+    report = store_class().examine(default_store())
+    facts = {name: getattr(report, name) for name in ("url", "exists", "schema", "newest_schema", "scopes", "problem")}
+    if report.problem is not None:
+        return Check("store", "failure", f"{report.url}: {report.problem} ($OUROBOROS_STORE)", facts)
+    if not report.exists:
+        return Check("store", "ok", f"{report.url}, made on first use", facts)
+    text = f"{report.url}, {report.scopes} scopes"
+    if report.schema != report.newest_schema:
+        text += f"; first use brings its schema from {report.schema} to {report.newest_schema}"
+    return Check("store", "ok", text, facts)

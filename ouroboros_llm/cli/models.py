@@ -61,11 +61,14 @@ def packaged_rows() -> Iterator[ModelRow]:
 
 def hub_rows() -> Iterator[ModelRow]:
     """Models that the hub's client has cached."""
-    from huggingface_hub import constants, scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
     from ..defaults import default_model
 
+    try:
+        from huggingface_hub import constants, scan_cache_dir
+        from huggingface_hub.errors import CacheNotFound
+    except ImportError as error:
+        click.echo(f"models of the hub's cache are not listed: {error}; install huggingface_hub anew", err=True)
+        return
     try:
         repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except (CacheNotFound, OSError):

@@ -60,12 +60,12 @@ def record(
     from ..bench.prompts import read_prompts
     from ..bench.traces import recorded_ids, write_trace
     from ..ouroboros import Ouroboros
-    from ..progress import is_animated
+    from ..progress import is_animated, say
 
     asked = named(read_prompts(prompts, limit=limit, instruction=instruction), prompts.stem)
     known = recorded_ids(output)
     left = {name: conversation for name, conversation in asked.items() if name not in known}
-    click.echo(f"{len(left)} prompts to record, {len(asked) - len(left)} recorded already", err=True)
+    say(f"{len(left)} prompts to record, {len(asked) - len(left)} recorded already")
     if not left:
         return
     with Ouroboros.from_pretrained(model, device=device, dtype=dtype) as ouroboros:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -248,9 +249,12 @@ def _snapshot(name: str) -> Path:
     """Safetensors where the repository has them, pickled weights only where it does not."""
     from huggingface_hub import snapshot_download
 
+    from ..transformers_api import without_progress_bars
+
     for weights in ("*.safetensors", "*.bin"):
         files = [*_HUB_FILES, weights]
-        folder = Path(snapshot_download(name, allow_patterns=files, ignore_patterns=_HUB_EXTRAS))
+        with nullcontext() if progress.is_shown() else without_progress_bars():
+            folder = Path(snapshot_download(name, allow_patterns=files, ignore_patterns=_HUB_EXTRAS))
         if any(folder.glob(weights)):
             return _saved(folder)
     raise ModelDownloadError(

@@ -106,6 +106,12 @@ class Worker:
         """Do something, a step at a time, when no request is there after one has been; what it raises is logged."""
         self._idle_work.append(work)
 
+    def give_up_idle_work(self) -> None:
+        """Do nothing more of what was left for later, after the step that runs."""
+        with self._step_lock:
+            self._idle_work.clear()
+            self._idle_step = None
+
     def wake(self) -> None:
         """Look again: a caller has taken something, or wants no more. Safe in finalizers."""
         self._inbox.put(None)
@@ -145,12 +151,12 @@ class Worker:
 
     def _work_idly(self) -> bool:
         """One step of what can wait; whether there was any."""
-        if self._idle_step is None and self._idle_work:
-            self._idle_step = self._idle_work.popleft()()
-        if self._idle_step is None:
-            return False
         try:
             with self._step_lock:
+                if self._idle_step is None:
+                    if not self._idle_work:
+                        return False
+                    self._idle_step = self._idle_work.popleft()()
                 next(self._idle_step)
         except StopIteration:
             self._idle_step = None
@@ -165,6 +171,8 @@ class Worker:
             for request in tuple(self._unfinished):
                 self._drop(request, error)
             self._inbox, self._retired, self._thread = SimpleQueue(), False, None
+            self._idle_step = None
+            self._idle_work.clear()
 
     def _turn(self) -> bool:
         """One step of the request whose turn it is; whether there was any."""

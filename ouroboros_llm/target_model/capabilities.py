@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -66,15 +66,49 @@ def probe(model: PreTrainedModel, times: PassTimes | None = None) -> Probe:
     for branching in kinds:
         draft = _TREE if branching == "tree" else _TREE.main_chain()
         start = partial(EagerTarget, model, branching, times)
-        largest, near = _errors(_drafted(draft, start), alone)
+        drafted = _drafted(draft, start)
+        largest, near = _errors(drafted, alone)
         if largest <= _tolerance(model, alone):
             return Probe(branching, 2 * near, token_bytes=plain.cache.token_bytes, reason=reason or "")
-        reason = _refusal(branching, largest, alone, start)
+        reason = f"a pass over a {branching} {_fault(drafted, largest, alone)}"
     return _undrafted(model, reason or "")
 
 
+def is_confirmed(model: PreTrainedModel, found: Probe, static: StaticForward | None = None) -> bool:
+    """Tell whether a model still verifies the drafts that it was found to verify, by four passes.
+
+    Measurements that are found again are trusted no further: code may have changed in ways that their key does not
+    see. Logits after a path of a draft are compared with those of a plain pass over the same tokens.
+    """
+    if found.branching == "none":
+        return True
+    draft = _TREE if found.branching == "tree" else _TREE.main_chain()
+    drafted = _drafted(draft, partial(EagerTarget, model, found.branching, static=static))
+    text = _tokens(model, (*_TEXT, *_TREE.main_chain().token_ids))
+    try:
+        plain = EagerTarget(model, "none").prefill(text, before=len(text) - len(_TEXT) - 1)
+    except FAILURES:
+        return False
+    error, _ = _errors(drafted, plain)
+    return error <= _tolerance(model, plain)
+
+
 def probe_static(model: PreTrainedModel, static: StaticForward, found: Probe) -> Probe:
-    """The same of a model whose drafts are verified in passes of fixed shape, as `found` says of its own passes.
+    """Find out the same of a model whose drafts are verified in passes of fixed shape: see `probing_static`."""
+    steps = probing_static(model, static, found)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            probed: Probe = end.value
+            return probed
+
+
+def probing_static(model: PreTrainedModel, static: StaticForward, found: Probe) -> Generator[None, None, Probe]:
+    """Find out the same of a model whose drafts are verified in passes of fixed shape, a few passes a step.
+
+    Args:
+        found: what is known of its own passes.
 
     Raises:
         ModelError: these passes give other logits than the model's own, or none. The message says what is wrong with
@@ -82,18 +116,24 @@ def probe_static(model: PreTrainedModel, static: StaticForward, found: Probe) ->
     """
     chain = _tokens(model, _TREE.main_chain().token_ids)
     start = partial(EagerTarget, model, "tree", static=static)
-    drafted, alone = _drafted(_TREE, start), _step_by_step(_read(EagerTarget(model, "none")), chain)
+    drafted = _drafted(_TREE, start)
+    yield
+    alone = _step_by_step(_read(EagerTarget(model, "none")), chain)
+    yield
     error, _ = _errors(drafted, alone)
+    if isinstance(drafted, Exception):
+        raise ModelError(reason_of(drafted)) from drafted
     if error > _tolerance(model, alone):
-        raise ModelError(_reason(start) or f"its logits are off by {error:.2g} of {float(alone.abs().max()):.2g}")
+        raise ModelError(f"its logits are off by {error:.2g} of {float(alone.abs().max()):.2g}")
     if (off := _walk_error(model, start)) > _tolerance(model, alone):
         raise ModelError(f"after a walk its logits are off by {off:.2g} of {float(alone.abs().max()):.2g}")
+    yield
     _, near = _errors(drafted, _step_by_step(_read(start()), chain))
     return replace(found, margin=2 * near)
 
 
 def probe_batching(model: PreTrainedModel) -> bool:
-    """Whether one pass over several texts gives what passes over each alone do, whatever the other texts are.
+    """Tell whether one pass over several texts gives what passes over each alone do, whatever the other texts are.
 
     Some fifteen passes over at most 24 tokens a text are run.
     """
@@ -136,16 +176,6 @@ def _walk_error(model: PreTrainedModel, start: Callable[[], EagerTarget]) -> flo
     return float((moved - plain).abs().nan_to_num(float("inf")).max())
 
 
-def _reason(start: Callable[[], EagerTarget]) -> str | None:
-    """Why a pass over a draft fails, if it does."""
-    try:
-        target = _read(start())
-        target.verify(DraftTree.root(target.token_ids[-1]))
-    except FAILURES as error:
-        return str(error)
-    return None
-
-
 def _no_drafts(model: PreTrainedModel) -> str | None:
     """The reason why a model verifies no drafts that is known before any is tried, as a clause."""
     if not forward_signature(model).takes_cache:
@@ -163,12 +193,13 @@ def _no_trees(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _refusal(branching: Branching, error: float, alone: torch.Tensor, start: Callable[[], EagerTarget]) -> str:
-    """The reason why a kind of draft is not verified rightly, as a clause."""
-    if error == float("inf"):
-        return f"a pass over a {branching} fails: {_reason(start) or 'its logits are no numbers'}"
-    largest = float(alone.abs().max())
-    return f"a pass over a {branching} gives logits that are off by {error:.2g} of {largest:.2g}"
+def _fault(drafted: torch.Tensor | Exception, largest: float, alone: torch.Tensor) -> str:
+    """The predicate of a sentence that says how a pass is wrong."""
+    if isinstance(drafted, Exception):
+        return f"fails: {reason_of(drafted)}"
+    if largest == float("inf"):
+        return "gives logits that are no numbers"
+    return f"gives logits that are off by {largest:.2g} of {float(alone.abs().max()):.2g}"
 
 
 def _undrafted(model: PreTrainedModel, reason: str) -> Probe:
@@ -202,9 +233,9 @@ def _can_drop(model: PreTrainedModel) -> bool:
     return target.cache.can_drop
 
 
-def _drafted(draft: DraftTree, start: Callable[[], EagerTarget]) -> torch.Tensor | None:
+def _drafted(draft: DraftTree, start: Callable[[], EagerTarget]) -> torch.Tensor | Exception:
     """Logits after the nodes on the path to the last one of `draft`, verified in one pass, and after one token more,
-    which stands again for the third of them; None where a pass fails."""
+    which stands again for the third of them; or what a pass raised."""
     path = draft.path_to(draft.width - 1)
     try:
         target = _read(start())
@@ -213,14 +244,14 @@ def _drafted(draft: DraftTree, start: Callable[[], EagerTarget]) -> torch.Tensor
         # Committing a part of the path and stepping on shows whether what was dropped is really gone.
         target.keep(path[:2])
         return torch.cat([wide, target.verify(DraftTree.root(draft.token_ids[path[2]]))])
-    except FAILURES:
-        return None
+    except FAILURES as error:
+        return error
 
 
-def _errors(drafted: torch.Tensor | None, alone: torch.Tensor) -> tuple[float, float]:
+def _errors(drafted: torch.Tensor | Exception, alone: torch.Tensor) -> tuple[float, float]:
     """The largest difference that drafting makes to a logit (infinite where a pass failed), and the largest to one of
     the likeliest eight. `alone`: the logits of a path one token at a time."""
-    if drafted is None:
+    if isinstance(drafted, Exception):
         return float("inf"), 0.0
     alone = torch.cat([alone, alone[2:3]])
     differences = (drafted - alone).abs().nan_to_num(float("inf"))

@@ -45,6 +45,13 @@ def shared_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     return next(position for position in range(limit) if left[position] != right[position])
 
 
+def numbers(logits: torch.Tensor) -> torch.Tensor:
+    """The logits of a pass of fixed shape. Raises RuntimeError where some are no numbers."""
+    if bool(logits.isnan().any()):
+        raise RuntimeError("logits are no numbers")
+    return logits
+
+
 class EagerTarget:
     """A `TargetModel` over a model's forward; the model itself is not changed."""
 
@@ -112,7 +119,7 @@ class EagerTarget:
             try:
                 with self._timed(draft):
                     self.begin(draft)
-                    return static.verify(draft, len(self.token_ids), slots)
+                    return numbers(static.verify(draft, len(self.token_ids), slots))
             except Exception as error:
                 if not self._takes_back(static, error):
                     raise

@@ -10,11 +10,13 @@ import hashlib
 import inspect
 import json
 import logging
+import marshal
 import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from math import isfinite
 from pathlib import Path
 from typing import Any, get_args
@@ -24,10 +26,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import __version__
 from ..decoding.target import Branching
 from ..environment import cache_folder
-from ..transformers_api import VERSION, attention_of
+from ..transformers_api import VERSION, attention_function, attention_of
 from .capabilities import Probe
 from .latency import WIDTHS
 
@@ -138,20 +139,51 @@ def key_of(model: PreTrainedModel, fingerprint: str) -> str | None:
     Args:
         fingerprint: of the model's weights.
     """
-    code = _code(model)
-    if code is None:
+    try:
+        code = _code(model)
+        config = _plain(model.config.to_dict())
+    except Exception as error:  # whatever a model's code raises: it is measured by every process
+        logger.debug("no key for the measurements of %s (%s)", type(model).__name__, error)
         return None
-    config = {name: value for name, value in model.config.to_dict().items() if name not in _NAMES_OF_A_COPY}
-    text = model.config.get_text_config(decoder=True)
+    if code is None or config is None:
+        return None
     known = (
-        (__version__, torch.__version__, VERSION),
+        (own_code(), torch.__version__, VERSION),
         _device(model.device),
-        (str(model.dtype), attention_of(text), torch.get_num_threads(), torch.get_float32_matmul_precision()),
+        (
+            str(model.dtype),
+            attention_of(model.config.get_text_config(decoder=True)),
+            torch.get_num_threads(),
+            torch.get_float32_matmul_precision(),
+        ),
         fingerprint,
-        json.dumps(config, sort_keys=True, default=repr),
+        config,
         code,
     )
     return hashlib.blake2b(repr(known).encode(), digest_size=16).hexdigest()
+
+
+@cache
+def own_code() -> str:
+    """A hash of this package's own files: what was measured with others need not hold."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """A configuration as nested tuples in a fixed order; None where it holds what has no lasting text."""
+    if isinstance(value, Mapping):
+        parts = [(str(name), _plain(part)) for name, part in value.items() if name not in _NAMES_OF_A_COPY]
+        return tuple(sorted(parts, key=lambda part: part[0]))
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    if isinstance(value, torch.dtype):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} in a configuration")
 
 
 def _device(device: torch.device) -> tuple[str, ...]:
@@ -169,11 +201,12 @@ def processor_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _code(model: nn.Module) -> list[str] | None:
+def _code(model: PreTrainedModel) -> list[str] | None:
     """What tells the code of a model's modules from another's; None where hooks, functions put in the place of others
     or classes without a source take part."""
     modules = [*model.modules()]
-    if any("forward" in vars(module) or _hooks(module) for module in modules):
+    attention = attention_function(attention_of(model.config.get_text_config(decoder=True)))
+    if any("forward" in vars(module) or _hooks(module) for module in modules) or not _of_a_library(attention):
         return None
     classes = {type(module) for module in modules} | {type(weight) for weight in model.parameters()}
     try:
@@ -182,13 +215,18 @@ def _code(model: nn.Module) -> list[str] | None:
         return None
 
 
+def _of_a_library(function: Any) -> bool:
+    """Tell whether a function is one of the library's own, or none, which stands for what the layers themselves do."""
+    return function is None or function.__module__.partition(".")[0] in _LIBRARIES
+
+
 def _hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _source(kind: type) -> Iterator[str]:
     """A class by its name, its forward and the file that it is from. Raises OSError or TypeError where it has none."""
-    forward = getattr(getattr(kind, "forward", None), "__code__", None)
-    yield f"{kind.__module__}.{kind.__qualname__} {hashlib.blake2b(forward.co_code).hexdigest() if forward else ''}"
+    forward = getattr(inspect.unwrap(kind.forward), "__code__", None) if hasattr(kind, "forward") else None
+    yield f"{kind.__module__}.{kind.__qualname__} {hashlib.blake2b(marshal.dumps(forward)).hexdigest()}"
     if kind.__module__.partition(".")[0] not in _LIBRARIES:
         yield hashlib.blake2b(Path(inspect.getfile(kind)).read_bytes()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,10 +20,11 @@ from ..decoding.draft_tree import DraftTree
 from ..decoding.target import KeptTarget
 from ..errors import ModelError
 from ..model_config import context_length_of
+from ..serving.fork_safety import guard
 from ..transformers_api import attention_of, check_generates, warn_if_untested
 from . import measurements
 from .batching import Packer
-from .capabilities import Probe, probe, probe_batching, probe_static
+from .capabilities import Probe, is_confirmed, probe, probe_batching, probing_static
 from .eager import EagerTarget, kind_of
 from .failures import reason_of
 from .latency import PassTimes
@@ -129,6 +130,16 @@ class _Known:
 
     def note(self, **found: Any) -> None:
         """Keep what was found out, with what passes have cost until now."""
+        with self.lock:
+            self._note(**found)
+
+    def _note(self, **found: Any) -> None:
+        others = None if self.key is None else measurements.latest(self.key)
+        if others is not None:
+            # What another process has found out meanwhile is known here too.
+            for name in ("static", "batches"):
+                if getattr(self.measurements, name) is None and name not in found:
+                    found[name] = getattr(others, name)
         self.measurements = replace(self.measurements, **found)
         for kind in (EAGER, STATIC):
             way, measured = self.ways.get(kind), getattr(self.measurements, kind)
@@ -155,8 +166,10 @@ class _Known:
         logger.debug("the pass that failed", exc_info=error)
 
     def batches(self, model: PreTrainedModel) -> bool:
-        """Whether one pass can be made over several texts, found out the first time."""
+        """Tell whether one pass can be made over several texts, found out the first time."""
         if self.measurements.batches is None:
+            if self.key is not None and key_of(model, self.fingerprint) != self.key:
+                self.key = None  # hooks have come, or code has changed: what is found now is no more than this object's
             with progress.step("checking passes over several texts, once", quiet=True):
                 self.note(batches=probe_batching(model))
         return bool(self.measurements.batches)
@@ -169,7 +182,7 @@ def _instead(eager: Way, reason: str) -> Way:
 
 _known: WeakKeyDictionary[PreTrainedModel, _Known] = WeakKeyDictionary()
 
-_preparing = threading.Lock()
+_preparing = guard(threading.RLock())
 
 _SAMPLED = 16
 """Numbers of each weight that a fingerprint looks at."""
@@ -198,10 +211,11 @@ def prepare(model: PreTrainedModel, kind: Kind = "auto") -> PreparedModel:
     """
     with _preparing:
         known = _known_of(model)
-        if kind not in known.ways:
+        way = known.ways.get(kind)
+        if way is None:
             with known.lock:
-                known.ways[kind] = _static(model, known) if kind == "static" else _faster(model, known)
-        return PreparedModel(model, known.lock, known.fingerprint, known.ways[kind])
+                way = known.ways[kind] = _static(model, known) if kind == "static" else _faster(model, known)
+        return PreparedModel(model, known.lock, known.fingerprint, way)
 
 
 def measure(model: PreTrainedModel, *, races: bool = True) -> Iterator[None]:
@@ -211,23 +225,44 @@ def measure(model: PreTrainedModel, *, races: bool = True) -> Iterator[None]:
     if known is None:
         return
     if races and _is_raced(model, known):
-        with known.lock:
-            static = _way_of("static", model, known)
-        yield
-        # What is raced with is no traffic that passes in company could be judged by.
-        racers = [_target(model, replace(way, packer=None)) for way in (static, known.ways["eager"])]
-        won = bool(static.static)
-        raced = 0
-        while won and raced < _RACES:
-            with known.lock:
-                won = _wins(*racers)
-            raced += 1
-            yield
-        won = won and racers[0].static is not None  # else a pass failed, and both were of one kind
-        known.note(static_wins=won)
-        known.ways.pop("auto", None)
-        logger.info("passes of fixed shape are %s for %s", "faster" if won else "no faster", type(model).__name__)
+        yield from _under(known.lock, _race(model, known))
     known.note()
+
+
+def _race(model: PreTrainedModel, known: _Known) -> Iterator[None]:
+    """Let passes of fixed shape race against the library's own, a few passes a step, and note who won."""
+    if "static" not in known.ways:
+        known.ways["static"] = yield from _trying(model, known)
+    static = known.ways["static"]
+    # What is raced with is no traffic that passes in company could be judged by.
+    racers = [_target(model, replace(way, packer=None)) for way in (static, known.ways[EAGER])]
+    won, raced = static.static is not None, 0
+    while won and raced < _RACES:
+        yield
+        won, raced = _wins(*racers), raced + 1
+    won = won and racers[0].static is not None  # else a pass failed, and both were of one kind
+    known.note(static_wins=won)
+    # Who lost need not be held; whoever asks for it by name makes it again.
+    known.ways.pop("auto", None)
+    if not won:
+        known.ways.pop(STATIC, None)
+    logger.info("passes of fixed shape are %s for %s", "faster" if won else "no faster", type(model).__name__)
+
+
+def _under(lock: threading.RLock, steps: Iterator[None]) -> Iterator[None]:
+    """The same steps, each while a lock is held."""
+    while True:
+        with lock:
+            if next(steps, steps) is steps:
+                return
+        yield
+
+
+def measure_now(model: PreTrainedModel) -> None:
+    """Find out at once what `prepare` leaves for later, so that nothing runs beside what is timed next."""
+    prepare(model)
+    for _ in measure(model):
+        pass
 
 
 def keep_measurements(model: PreTrainedModel) -> None:
@@ -247,7 +282,7 @@ def _known_of(model: PreTrainedModel) -> _Known:
         model.train(False)
         weights = fingerprint(model)
         key = key_of(model, weights)
-        found = None if key is None else measurements.find(key)
+        found = None if key is None else _confirmed(model, measurements.find(key))
         times = PassTimes(kind_of(model), costs=found.eager.costs if found else None)
         known = _Known(state, parts, weights, key, found or _measured(model, times), {}, threading.RLock())
         known.ways["eager"] = _way(model, known, "eager", times)
@@ -255,6 +290,14 @@ def _known_of(model: PreTrainedModel) -> _Known:
             known.note()
         _known[model] = known
     return _known[model]
+
+
+def _confirmed(model: PreTrainedModel, found: Measurements | None) -> Measurements | None:
+    """Measurements that were found, unless the model verifies other drafts by now."""
+    if found is None or is_confirmed(model, found.eager.probe):
+        return found
+    logger.warning("%s is not what it was when it was measured; it is measured again", type(model).__name__)
+    return None
 
 
 def _measured(model: PreTrainedModel, times: PassTimes) -> Measurements:
@@ -280,12 +323,16 @@ def _way(model: PreTrainedModel, known: _Known, kind: Literal["eager", "static"]
 
 def _static(model: PreTrainedModel, known: _Known) -> Way:
     """Passes of fixed shape, or the library's own where these are wrong or fail."""
-    eager = known.ways["eager"]
+    return _drained(_trying(model, known))
+
+
+def _trying(model: PreTrainedModel, known: _Known) -> Generator[None, None, Way]:
+    """The same, a few passes a step."""
     try:
-        way = _probed(model, known) if known.measurements.static is None else _found(model, known)
+        way = (yield from _probing(model, known)) if known.measurements.static is None else _found(model, known)
     # Compilers of kernels raise errors of their own kinds.
     except Exception as error:
-        return replace(eager, missed=reason_of(error))
+        return replace(known.ways[EAGER], missed=reason_of(error))
     assert way.static is not None
     way.static.on_failure = partial(known.lose, type(model).__name__)
     return way
@@ -295,20 +342,35 @@ def _found(model: PreTrainedModel, known: _Known) -> Way:
     """Passes of fixed shape that were probed by an earlier process."""
     assert known.measurements.static is not None
     times = PassTimes(kind_of(model), padded=True, costs=known.measurements.static.costs)
-    return _way(model, known, "static", times)
+    way = _way(model, known, "static", times)
+    if not is_confirmed(model, way.probe, way.static):
+        known.note(static=None, static_wins=None)
+        raise ModelError("its logits are not what they were when it was measured")
+    return way
 
 
-def _probed(model: PreTrainedModel, known: _Known) -> Way:
+def _probing(model: PreTrainedModel, known: _Known) -> Generator[None, None, Way]:
     """Passes of fixed shape, tried and timed. Raises ModelError where they are wrong, and what they raise."""
-    eager = known.ways["eager"]
+    eager = known.ways[EAGER]
     if eager.probe.branching != "tree":
         raise ModelError("it cannot verify drafts with branches")
     static = StaticForward(model)
-    found = probe_static(model, static, eager.probe)
+    yield
+    found = yield from probing_static(model, static, eager.probe)
     times = PassTimes(kind_of(model), padded=True)
     _time(EagerTarget(model, "tree", times, static=static))
     known.note(static=BackendMeasurements(found, times.costs))
     return Way(found, times, Packer(times, known.lock, known.batches), static, eager=eager)
+
+
+def _drained(steps: Generator[None, None, Way]) -> Way:
+    """What steps return, all of them made at once."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            way: Way = end.value
+            return way
 
 
 def _way_of(kind: Kind, model: PreTrainedModel, known: _Known) -> Way:

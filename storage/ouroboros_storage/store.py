@@ -19,6 +19,7 @@ from ouroboros_llm.phrase_pool.base import check_scope, check_scopes
 from . import rows, upkeep
 from .bounds import Bounds, check_bound
 from .database import DATABASE_ERRORS, Database, reason
+from .examination import StoreReport, examine
 from .exchange import batches
 from .outage import Outage
 from .pool import LayeredPool, StoredPool
@@ -95,6 +96,11 @@ class PhraseStore:
             self._database.file.check(create)
             if check and self._database.file.path.exists():
                 self._setup_if_available()
+
+    @staticmethod
+    def examine(url: str) -> StoreReport:
+        """Look at the store behind a URL without changing anything: it is not made, migrated or set aside."""
+        return examine(url)
 
     def __repr__(self) -> str:
         return f"PhraseStore({self._database.name!r})"

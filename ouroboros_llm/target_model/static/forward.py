@@ -148,7 +148,8 @@ class StaticForward:
 
     def walked(self, nodes: Nodes, states: Cache, logits: torch.Tensor, count: int, moves: bool) -> torch.Tensor:
         """What a walk down the nodes finds, on the device alone; what is to be `moved` is."""
-        likeliest = logits.argmax(-1)
+        # A row without numbers has no likeliest token; `walk.checked` finds it, and the device need not be waited for.
+        likeliest = torch.where(logits.isnan().any(-1), -1, logits.argmax(-1))
         path = accepted(nodes, likeliest)
         if moves:
             self._attending.attention.move(nodes, order(nodes, path), states)

@@ -123,8 +123,10 @@ def progress(title: str, total: int | None = None, *, hidden: bool = False) -> I
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+    from ouroboros_llm.progress import is_animated
+
     console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, disable=hidden or not console.is_terminal, transient=True) as bar:
+    with Progress(*columns, console=console, disable=hidden or not is_animated(console), transient=True) as bar:
         task = bar.add_task(title, total=total)
         yield lambda done: bar.advance(task, done)
