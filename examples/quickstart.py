@@ -45,7 +45,7 @@ class Turn:
     seconds: float
 
 
-class Recorder(BaseCallbackHandler):
+class GraphCapturer(BaseCallbackHandler):
     """Keeps what the model reports at the end of an answer."""
 
     def on_llm_end(self, response: LLMResult, **kwargs: Any) -> None:
@@ -59,7 +59,7 @@ def chat(store: str) -> list[Turn]:
     history, turns = "", []
     for question in TURNS:
         print(f"\n> {question}\n", flush=True)
-        recorder, text = Recorder(), ""
+        recorder, text = GraphCapturer(), ""
         for piece in chain.stream({"history": history, "question": question}, config={"callbacks": [recorder]}):
             print(piece, end="", flush=True)
             text += piece

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .phrase_pool.documents import documents_pool, read_documents
     from .phrase_pool.memory import MemoryPool
     from .progress import show_progress
-    from .results import DecodingStatistics, GenerationResult, Piece, Usage
+    from .results import DecodingStatistics, GenerationResult, StreamChunk, Usage
     from .scopes import ouroboros_scope
     from .serving.stream import Stream
     from .sessions.prefix_cache import KVUsage, kv_usage, limit_kv_bytes
@@ -54,7 +54,6 @@ __all__ = [
     "OuroborosError",
     "Phrase",
     "PhrasePool",
-    "Piece",
     "PoolSource",
     "PromptError",
     "QueueFullError",
@@ -62,6 +61,7 @@ __all__ = [
     "SnapshotError",
     "StoreError",
     "Stream",
+    "StreamChunk",
     "TokenizerMismatchError",
     "UnknownModelError",
     "Usage",
@@ -102,7 +102,7 @@ _NAMES = {
     "phrase_pool.documents": ("documents_pool", "read_documents"),
     "phrase_pool.memory": ("MemoryPool",),
     "progress": ("show_progress",),
-    "results": ("DecodingStatistics", "GenerationResult", "Piece", "Usage"),
+    "results": ("DecodingStatistics", "GenerationResult", "StreamChunk", "Usage"),
     "scopes": ("ouroboros_scope",),
     "serving.stream": ("Stream",),
     "sessions.prefix_cache": ("KVUsage", "kv_usage", "limit_kv_bytes"),

@@ -11,10 +11,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from .decoding.decoder import Decoder
 from .decoding.drafter import Round
 from .decoding.sampling import Sampler
-from .drafting.cached_answer import answer_source, note_answer
-from .drafting.learned_state import Memory, sources
+from .drafting.cached_answer import answer_source, index_answer
+from .drafting.learned_state import LearnedState, sources
 from .drafting.token_recycling import KEPT
-from .drafting.tree_drafter import Blend
+from .drafting.tree_drafter import TreeDrafter
 from .errors import OptionError
 from .model_config import end_token_ids
 from .options import DEFAULT_DRAFTERS
@@ -57,11 +57,11 @@ def custom_generate(
     _check(model, config, input_ids, model_kwargs)
     prompt = input_ids[0].tolist()
     prepared = prepare(model)
-    memory = Memory.recall(phrase_pool, prepared.fingerprint) if phrase_pool is not None else Memory()
+    memory = LearnedState.recall(phrase_pool, prepared.fingerprint) if phrase_pool is not None else LearnedState()
     sampling, pools = bool(config.do_sample), [] if phrase_pool is None else [phrase_pool]
     answer = answer_source(pools, prepared.fingerprint, prompt, sampling=sampling)
     found = sources(DEFAULT_DRAFTERS, memory, answer=answer, write=phrase_pool, sampling=sampling)
-    decoder = Decoder(prepared.start(), Blend(found, memory.calibration), successors=KEPT)
+    decoder = Decoder(prepared.start(), TreeDrafter(found, memory.calibration), successors=KEPT)
     sampler = Sampler(logits_processor or (), sample=sampling)
     rounds = decoder.rounds(
         prompt, sampler, limit=int(config.max_length or 0) - len(prompt), end_token_ids=end_token_ids(config)
@@ -73,7 +73,7 @@ def custom_generate(
             ouroboros_streamer.put(torch.tensor(token_ids))
     if phrase_pool is not None:
         phrase_pool.add(output)
-        note_answer(phrase_pool, prepared.fingerprint, prompt, output)
+        index_answer(phrase_pool, prepared.fingerprint, prompt, output)
         memory.remember(phrase_pool, prepared.fingerprint)
     if ouroboros_streamer is not None:
         ouroboros_streamer.end()

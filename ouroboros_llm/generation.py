@@ -18,22 +18,22 @@ from .decoding.sampling import sampler_for
 from .decoding.target import Pass, TargetModel, ask
 from .drafting import lookahead
 from .drafting.base import Source
-from .drafting.cached_answer import answer_source, note_answer
-from .drafting.cost_gate import PayingDrafter
+from .drafting.cached_answer import answer_source, index_answer
+from .drafting.cost_gate import CostGatedDrafter
 from .drafting.draft_model import ALTERNATIVES, DraftModel, DraftModelDrafter
 from .drafting.forced_tokens import GrammarSource
 from .drafting.learned_state import sources
 from .drafting.phrases import PhraseSource, RunningText
 from .drafting.token_recycling import KEPT
-from .drafting.tree_drafter import Blend
+from .drafting.tree_drafter import TreeDrafter
 from .errors import MemoryLimitError
 from .grammar.constraint import Constraint
 from .model_config import end_token_ids
 from .options import DEFAULT_DRAFTERS, DecodingOptions
 from .phrase_pool.base import PhrasePool
-from .results import FinishReason, GenerationResult, Piece, Tally, Usage
+from .results import FinishReason, GenerationResult, RoundCounter, StreamChunk, Usage
 from .serving.request import Steps
-from .sessions.prefix_cache import Workspace, chunk_ends
+from .sessions.prefix_cache import CachedSequence, chunk_ends
 from .sessions.session import Session
 from .target_model.failures import out_of_memory
 from .target_model.prepared import PreparedModel, locked
@@ -41,7 +41,7 @@ from .target_model.prepared import PreparedModel, locked
 Rounds = Generator[Pass | Round | None, torch.Tensor | None, None]
 
 
-class Turn:
+class Generation:
     """Answers one prompt with one workspace, a step at a time. Steps run under the model's lock."""
 
     def __init__(
@@ -50,7 +50,7 @@ class Turn:
         draft: PreparedModel | None,
         tokenizer: PreTrainedTokenizerBase,
         session: Session,
-        workspace: Workspace,
+        workspace: CachedSequence,
         *,
         write: PhrasePool,
         read: Sequence[PhrasePool],
@@ -80,10 +80,10 @@ class Turn:
         self._transcript = Transcript(tokenizer, options.stop, self._end_token_ids, kept_tokens)
         self._drafter, self._draft_model = self._blend(read, documents, corpora)
         self._sampler = sampler_for(prepared.model, options, len(prompt_ids), limit, prepared.probe.margin, constraint)
-        self._tally = Tally()
+        self._tally = RoundCounter()
         self._lean, self._draft_forwards = False, 0
 
-    def steps(self) -> Steps[Piece]:
+    def steps(self) -> Steps[StreamChunk]:
         """Text as it comes, None after a step that brought none, before that the pass that a step wants if others may
         share it; returns the last piece, which carries the result.
 
@@ -99,13 +99,13 @@ class Turn:
                 found = next(rounds)
                 while isinstance(found, Pass):
                     found = rounds.send((yield found))
-                yield None if found is None else Piece(*self._transcript.push(found.token_ids))
+                yield None if found is None else StreamChunk(*self._transcript.push(found.token_ids))
             tail = self._transcript.flush()
         finally:
             for pool in (self._write, *self._also):
                 pool.add(self._transcript.token_ids)
             self._remember()
-        return Piece(tail, (), self._result(cached, reason))
+        return StreamChunk(tail, (), self._result(cached, reason))
 
     def _reason(self) -> FinishReason | None:
         """Why the answer ends here, if it does."""
@@ -124,7 +124,7 @@ class Turn:
         model, answer = self._prepared.fingerprint, self._transcript.token_ids
         session.memory.remember(self._write, model, self._also)
         for pool in (self._write, *self._also):
-            note_answer(pool, model, self._prompt_ids, answer, ending=pool is self._write)
+            index_answer(pool, model, self._prompt_ids, answer, ending=pool is self._write)
         if self._draft is not None:
             session.draft_memory.remember(self._write, self._draft.fingerprint, self._also)
 
@@ -246,13 +246,13 @@ class Turn:
         if self._constraint is not None:
             found.insert(0, GrammarSource(self._constraint.place))
         if self._workspace.draft_target is None or "draft_model" not in names:
-            blend, sure = Blend(found, memory.calibration), None if answer is None else answer.goes_on
-            paying = PayingDrafter(blend, self._pass_seconds(), self._session.worth, sure=sure)
+            blend, sure = TreeDrafter(found, memory.calibration), None if answer is None else answer.goes_on
+            paying = CostGatedDrafter(blend, self._pass_seconds(), self._session.worth, sure=sure)
             return self._with_window(names, paying), None
         model = self._draft_model_of(self._workspace.draft_target, names, text, read)
         drafter = DraftModelDrafter(
             model,
-            Blend([model, *found], memory.calibration),
+            TreeDrafter([model, *found], memory.calibration),
             pass_seconds=self._pass_seconds(),
             worth=self._session.draft_worth,
         )
@@ -270,7 +270,7 @@ class Turn:
         memory = self._session.draft_memory
         shared = PhraseSource("text", text.pool, after="prompt")
         own = sources(names, memory, text=shared, write=self._write, read=read, learns=False, after="prompt")
-        drafter = self._with_window(names, Blend([*self._window_phrases(names), *own], memory.calibration))
+        drafter = self._with_window(names, TreeDrafter([*self._window_phrases(names), *own], memory.calibration))
         return DraftModel(
             Decoder(target, drafter, successors=ALTERNATIVES),
             self._session.memory.calibration,

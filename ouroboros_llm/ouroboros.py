@@ -20,17 +20,17 @@ from .chat.context_window import Fitted, fit
 from .chat.text import Prompt, encode, vocabulary_hash
 from .drafting.draft_model import load_draft
 from .errors import OptionError, PromptError
-from .generation import Turn
+from .generation import Generation
 from .grammar.constraint import Constraint, constraint_for
 from .options import DecodingOptions, check_whole, spread
 from .phrase_pool.base import PhrasePool, PoolSource, check_scope, check_scopes
 from .phrase_pool.corpus import Corpora, Indexed, Texts, is_corpus
 from .phrase_pool.memory import MemorySource
 from .phrase_pool.opening import flush, open_pool, open_source
-from .results import GenerationResult, Piece
+from .results import GenerationResult, StreamChunk
 from .scopes import current_scope
 from .serving.request import Request, RequestClock, Steps
-from .serving.scheduler import worker_of
+from .serving.scheduler import scheduler_for
 from .serving.stream import Stream, off_the_loop, results
 from .sessions.model_sessions import ModelSessions
 from .sessions.prefix_cache import KVUsage
@@ -120,7 +120,7 @@ class Ouroboros:
         self.documents = documents
         self._corpora = Corpora(self.store, tokenizer, self.fingerprint)
         self._sessions = ModelSessions(self._prepared, self._draft, self.store, self.fingerprint)
-        self._worker = worker_of(model)
+        self._worker = scheduler_for(model)
         self._worker.max_active = max_active or self._worker.max_active
         self._worker.max_waiting = max_waiting or self._worker.max_waiting
         for prepared in filter(None, (self._prepared, self._draft)):
@@ -281,7 +281,7 @@ class Ouroboros:
         request = Request(steps, timeout=options.timeout, after=after, clock=clock)
         return Stream(self._worker, request, cancelled)
 
-    def astream(self, prompt: Prompt, **asked: Unpack[Asked]) -> AsyncGenerator[Piece]:
+    def astream(self, prompt: Prompt, **asked: Unpack[Asked]) -> AsyncGenerator[StreamChunk]:
         """As `stream`, for an event loop, which is not blocked by prompt, store or model; errors come with the first
         piece. Cancelling the task, or closing the generator, ends the decoding within one round."""
         return off_the_loop(partial(self.stream, prompt, **asked))
@@ -426,12 +426,12 @@ class Ouroboros:
         cancelled: threading.Event,
         clock: RequestClock,
         kept_tokens: Mapping[int, str] | None,
-    ) -> Steps[Piece]:
+    ) -> Steps[StreamChunk]:
         """One answer, a step at a time, in the worker's thread. `prefixes`: scopes whose kept prefixes it may copy."""
         session = self._sessions.recalled(session, write, read)
         room = len(fitted.token_ids) + fitted.limit
         with self._sessions.workspace(session, fitted.token_ids, prefixes, room=room) as workspace:
-            turn = Turn(
+            turn = Generation(
                 self._prepared,
                 self._draft,
                 self.tokenizer,
@@ -454,7 +454,7 @@ class Ouroboros:
             last = yield from turn.steps()
         return self._timed(last, clock)
 
-    def _timed(self, last: Piece | None, clock: RequestClock) -> Piece:
+    def _timed(self, last: StreamChunk | None, clock: RequestClock) -> StreamChunk:
         """The last piece, whose statistics say what was spent outside of its steps too."""
         assert last is not None and last.result is not None  # the last piece always carries it
         load, self._has_answered = 0.0 if self._has_answered else self.load_seconds, True

@@ -83,7 +83,7 @@ class GenerationResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class StreamChunk:
     """A part of a streamed answer: one round's worth of text."""
 
     text: str
@@ -92,7 +92,7 @@ class Piece:
     """The whole answer, on the last piece only."""
 
 
-class Tally:
+class RoundCounter:
     """Counts while rounds go by."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from ouroboros_llm.bench.traces import read_traces
 from ouroboros_llm.decoding.drafter import Budget
 from ouroboros_llm.drafting.calibration import Calibration
 from ouroboros_llm.drafting.phrases import PhraseSource, RunningText
-from ouroboros_llm.drafting.tree_drafter import Blend
+from ouroboros_llm.drafting.tree_drafter import TreeDrafter
 from ouroboros_llm.phrase_pool.memory import MemoryPool, Run
 
 TOKENS = 1_000_000
@@ -57,7 +57,7 @@ def main() -> None:
         trace = generator.choice(traces)
         end = generator.randrange(1, len(trace.token_ids))
         context = [*trace.prompt_ids, *trace.token_ids[:end]]
-        blend = Blend([RunningText(), PhraseSource("phrases", pool)], calibration)
+        blend = TreeDrafter([RunningText(), PhraseSource("phrases", pool)], calibration)
         blend.open(context[:-end])
         blend.sources[0].pool.extend(context[-end:])  # type: ignore[attr-defined]
         began = perf_counter()

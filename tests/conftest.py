@@ -48,12 +48,12 @@ from transformers import (
 )
 
 from ouroboros_llm import Ouroboros, PhrasePool
-from ouroboros_llm.drafting.cost_gate import Worth
-from ouroboros_llm.drafting.learned_state import Memory, sources
-from ouroboros_llm.drafting.tree_drafter import Blend
-from ouroboros_llm.serving.scheduler import worker_of
+from ouroboros_llm.drafting.cost_gate import CostTracker
+from ouroboros_llm.drafting.learned_state import LearnedState, sources
+from ouroboros_llm.drafting.tree_drafter import TreeDrafter
+from ouroboros_llm.serving.scheduler import scheduler_for
 from ouroboros_llm.target_model import measurements, prepared
-from ouroboros_llm.target_model.batching import Packer
+from ouroboros_llm.target_model.batching import Batcher
 from ouroboros_llm.target_model.eager import EagerTarget
 from ouroboros_llm.target_model.prepared import fingerprint
 from ouroboros_storage import database, sqlite_file
@@ -78,9 +78,9 @@ def no_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     measured times, which may say anything on a busy machine: here they are given, but for tests marked `clock`."""
     if request.node.get_closest_marker("clock") is None:
         monkeypatch.setattr(EagerTarget, "cost", lambda _, width: 1 + 0.02 * (width - 1))
-        monkeypatch.setattr(Worth, "pays", lambda *_: True)
+        monkeypatch.setattr(CostTracker, "pays", lambda *_: True)
         monkeypatch.setattr(prepared, "_is_raced", lambda *_: False)
-        monkeypatch.setattr(Packer, "_chosen", lambda _, wanted: wanted[:1])
+        monkeypatch.setattr(Batcher, "_chosen", lambda _, wanted: wanted[:1])
 
 
 @pytest.fixture(autouse=True)
@@ -204,7 +204,7 @@ def tiny_model(architecture: str = "llama", seed: int = 0, context: int = 512) -
 
 def likeness(model: PreTrainedModel) -> object:
     """What a test could see of another one's changes."""
-    worker = worker_of(model)
+    worker = scheduler_for(model)
     # Saving notes these two.
     config = model.config.to_dict() | {"dtype": None, "architectures": None}
     return fingerprint(model), config, worker.max_active, worker.max_waiting
@@ -250,10 +250,10 @@ def plain(model: PreTrainedModel, prompt_ids: list[int], max_new_tokens: int, **
 
 def blend(
     *pools: PhrasePool, write: PhrasePool | None = None, drafters: Sequence[str] = ("phrases", "recycling")
-) -> Blend:
+) -> TreeDrafter:
     """Drafts from the running text, from `pools` and from what the target said before."""
-    memory = Memory()
-    return Blend(sources(drafters, memory, read=pools, write=write), memory.calibration)
+    memory = LearnedState()
+    return TreeDrafter(sources(drafters, memory, read=pools, write=write), memory.calibration)
 
 
 @pytest.fixture

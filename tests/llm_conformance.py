@@ -72,7 +72,7 @@ async def ask(llm: Any, method: str, text: str = "Tell me", **settings: Any) -> 
     return await listed(getattr(llm, method)([ChatMessage(text)] if method.endswith("chat") else text, **settings))
 
 
-class Recorder(BaseEventHandler):
+class GraphCapturer(BaseEventHandler):
     events: list[Any] = []
 
     def handle(self, event: Any, **kwargs: Any) -> None:
@@ -80,8 +80,8 @@ class Recorder(BaseEventHandler):
 
 
 @pytest.fixture
-def recorder() -> Iterator[Recorder]:
-    recorder, root = Recorder(events=[]), get_dispatcher()
+def recorder() -> Iterator[GraphCapturer]:
+    recorder, root = GraphCapturer(events=[]), get_dispatcher()
     root.add_event_handler(recorder)
     yield recorder
     root.event_handlers.remove(recorder)
@@ -222,7 +222,7 @@ class LLMConformance:
     # --- who is told ---
 
     @pytest.mark.parametrize("method", METHODS)
-    async def test_events(self, llm: Any, recorder: Recorder, method: str) -> None:
+    async def test_events(self, llm: Any, recorder: GraphCapturer, method: str) -> None:
         responses = await ask(llm, method)
         kind = "Chat" if method.endswith("chat") else "Completion"
         start, progress, end = (f"LLM{kind}{phase}Event" for phase in ("Start", "InProgress", "End"))

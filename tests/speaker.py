@@ -11,7 +11,7 @@ from typing import Any
 
 from conftest import byte_tokenizer
 
-from ouroboros_llm import DecodingStatistics, GenerationResult, Grammar, Piece, Usage
+from ouroboros_llm import DecodingStatistics, GenerationResult, Grammar, StreamChunk, Usage
 
 HERMES = (
     "{% if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
@@ -64,7 +64,7 @@ class Speaker:
         asked = self.calls[number]
         return str(self.tokenizer.decode(self.encode(asked["prompt"], tools=asked["tools"])))
 
-    def stream(self, prompt: Any, **arguments: Any) -> Iterator[Piece]:
+    def stream(self, prompt: Any, **arguments: Any) -> Iterator[StreamChunk]:
         with self._lock:
             self.calls.append({"prompt": prompt, **arguments})
             text = self.reply(prompt, arguments)
@@ -74,13 +74,13 @@ class Speaker:
         reply = self.replies[0] if len(self.replies) == 1 else self.replies.pop(0)
         return reply if isinstance(reply, str) else reply(prompt)
 
-    def _pieces(self, prompt: Any, text: str, tools: Any) -> Iterator[Piece]:
+    def _pieces(self, prompt: Any, text: str, tools: Any) -> Iterator[StreamChunk]:
         try:
             for start in range(0, len(text), self.cut):
-                yield Piece(text[start : start + self.cut], (7,))
+                yield StreamChunk(text[start : start + self.cut], (7,))
             usage = Usage(len(self.encode(prompt, tools=tools)), len(text), cached_tokens=1)
             statistics = DecodingStatistics(rounds=1, target_forwards=2, completion_tokens=len(text))
-            yield Piece("", (), GenerationResult(text, (7,) * len(text), self.end, usage, statistics))  # type: ignore[arg-type]
+            yield StreamChunk("", (), GenerationResult(text, (7,) * len(text), self.end, usage, statistics))  # type: ignore[arg-type]
         finally:
             self.closed.set()
 

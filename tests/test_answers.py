@@ -12,12 +12,12 @@ from conftest import byte_tokenizer, plain, tiny_model
 from ouroboros_llm import DecodingOptions, GenerationResult, Grammar, MemoryPool, Ouroboros, custom_generate
 from ouroboros_llm.decoding.draft_tree import DraftTree
 from ouroboros_llm.decoding.drafter import Budget, Round
-from ouroboros_llm.drafting.cached_answer import NAME, AnswerSource, KnownAnswer, known_answer, note_answer
-from ouroboros_llm.drafting.cost_gate import Worth
-from ouroboros_llm.drafting.learned_state import Memory, sources
-from ouroboros_llm.drafting.tree_drafter import Blend
+from ouroboros_llm.drafting.cached_answer import NAME, CachedAnswerSource, KnownAnswer, index_answer, lookup_answer
+from ouroboros_llm.drafting.cost_gate import CostTracker
+from ouroboros_llm.drafting.learned_state import LearnedState, sources
+from ouroboros_llm.drafting.tree_drafter import TreeDrafter
 from ouroboros_llm.phrase_pool import memory as memory_pool
-from ouroboros_llm.phrase_pool.base import ANSWERS, AnswerBook, Phrase, PhrasePool, PoolStats, run_key
+from ouroboros_llm.phrase_pool.base import ANSWERS, AnswerIndex, Phrase, PhrasePool, PoolStats, run_key
 from ouroboros_storage import PhraseStore, upkeep
 from ouroboros_storage.pool import LayeredPool
 
@@ -44,7 +44,7 @@ def pool_of(ouroboros: Ouroboros, scope: str) -> Any:
 
 
 def told(pool: PhrasePool, model: str, prompt: list[int]) -> tuple[tuple[int, ...], bool] | None:
-    found = known_answer([pool], model, prompt)
+    found = lookup_answer([pool], model, prompt)
     return None if found is None else (found.token_ids, found.whole)
 
 
@@ -85,14 +85,14 @@ def test_drafts_of_other_answers_say_nothing_of_a_known_one_while_it_holds(
     ask(tiny_ouroboros, scope="a", options=options)
     if kind == "wrong":
         pool.add([250] * 200)
-        note_answer(pool, tiny_ouroboros._prepared.fingerprint, prompt, [250] * 200)
+        index_answer(pool, tiny_ouroboros._prepared.fingerprint, prompt, [250] * 200)
     asked: list[float] = []
 
     def pays(*_: Any) -> bool:
         asked.append(1)
         return False
 
-    monkeypatch.setattr(Worth, "pays", pays)
+    monkeypatch.setattr(CostTracker, "pays", pays)
     again = ask(tiny_ouroboros, scope="a", options=options)
     if kind == "known":
         assert not asked and again.statistics.rounds <= 6
@@ -110,13 +110,13 @@ def test_a_prompt_that_ends_alike_is_told_from_the_same_one() -> None:
     prompt, answer = list(range(100)), (7, 8, 9)
     pool = MemoryPool()
     pool.add(answer)
-    note_answer(pool, "model", prompt, answer)
+    index_answer(pool, "model", prompt, answer)
     assert told(pool, "model", prompt) == (answer, True)
     assert told(pool, "model", [200, *prompt[1:]]) == (answer, False)
     others = [("another", prompt), ("model", prompt[:-1]), ("model", [*prompt[:-1], 200]), ("model", [])]
     for model, other in [*others, ("model", prompt[-64:])]:
         assert told(pool, model, other) is None
-    note_answer(pool, "model", prompt[:64], answer)
+    index_answer(pool, "model", prompt[:64], answer)
     assert told(pool, "model", prompt[:64]) == (answer, True)
     assert told(pool, "model", [5, *prompt[:64]]) is None, "its end is all of it"
 
@@ -125,8 +125,8 @@ def test_the_scope_of_the_turn_is_asked_before_others() -> None:
     own, read = MemoryPool(), MemoryPool()
     for pool, answer in ((own, [1, 2]), (read, [3, 4])):
         pool.add(answer)
-        note_answer(pool, "model", [9], answer)
-    found = known_answer([own, read], "model", [9])
+        index_answer(pool, "model", [9], answer)
+    found = lookup_answer([own, read], "model", [9])
     assert found is not None and found.token_ids == (1, 2)
 
 
@@ -134,14 +134,14 @@ def test_a_question_after_another_history_is_drafted(tiny_ouroboros: Ouroboros) 
     """Whether the answer is the same again is the model's to say."""
     first = ask(tiny_ouroboros, "A: " + LONG)
     drafted: list[str] = []
-    learn = Blend.learn
+    learn = TreeDrafter.learn
 
-    def noted(blend: Blend, round: Round) -> None:
+    def noted(blend: TreeDrafter, round: Round) -> None:
         drafted.extend(round.draft.sources)
         learn(blend, round)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Blend, "learn", noted)
+        patch.setattr(TreeDrafter, "learn", noted)
         ask(tiny_ouroboros, "B: " + LONG)
     assert NAME in drafted and NAME not in first.statistics.origins
 
@@ -158,7 +158,7 @@ def test_a_known_answer_is_followed_as_long_as_the_text_does(whole: bool) -> Non
     pool = MemoryPool()
     pool.add([5, 6, 7, 8])
     pool.remember({"it": run_key([5, 6, 7, 8])})
-    drafter = Blend([AnswerSource(KnownAnswer((5, 6, 7, 8), whole, pool, "it"))])
+    drafter = TreeDrafter([CachedAnswerSource(KnownAnswer((5, 6, 7, 8), whole, pool, "it"))])
     drafter.open([1])
 
     def after(*said: int) -> tuple[int, ...]:
@@ -181,8 +181,10 @@ def test_other_sources_have_little_say_beside_a_known_answer() -> None:
     pool.remember({"it": run_key(answer)})
     for passed in range(len(answer)):
         others.add([*answer[:passed], 99, 98, 97])
-    found = sources(["phrases"], Memory(), answer=AnswerSource(KnownAnswer(answer, True, pool, "it")), write=others)
-    drafter = Blend(found)
+    found = sources(
+        ["phrases"], LearnedState(), answer=CachedAnswerSource(KnownAnswer(answer, True, pool, "it")), write=others
+    )
+    drafter = TreeDrafter(found)
     drafter.open([1])
     draft = drafter.draft([1], Budget(width=64, depth=64, cost=lambda width: 1 + 0.1 * (width - 1)))
     assert draft.token_ids[1:] == answer, "all of it, and nothing else"
@@ -191,7 +193,7 @@ def test_other_sources_have_little_say_beside_a_known_answer() -> None:
 def test_a_lie_changes_no_token(tiny_ouroboros: Ouroboros) -> None:
     pool, lie = pool_of(tiny_ouroboros, "a"), [number * 37 % 300 for number in range(30)]
     pool.add(lie)
-    note_answer(pool, tiny_ouroboros._prepared.fingerprint, tiny_ouroboros.encode(PROMPT), lie)
+    index_answer(pool, tiny_ouroboros._prepared.fingerprint, tiny_ouroboros.encode(PROMPT), lie)
     assert known(ask(tiny_ouroboros, scope="a")) < len(lie) / 2
     assert known(ask(tiny_ouroboros, scope="a")) >= TOKENS - 2, "and is forgotten for the truth"
 
@@ -236,8 +238,8 @@ def test_a_note_whose_run_is_gone_says_nothing(url: str, layered: bool) -> None:
         pool: PhrasePool = store.open("a", fingerprint="f")
         if layered:
             pool = LayeredPool([pool, MemoryPool()])
-        assert isinstance(pool, AnswerBook)
-        note_answer(pool, "model", [1, 2], [5, 6])
+        assert isinstance(pool, AnswerIndex)
+        index_answer(pool, "model", [1, 2], [5, 6])
         assert told(pool, "model", [1, 2]) is None
         pool.add([5, 6])
         assert told(pool, "model", [1, 2]) == ((5, 6), True)
@@ -247,12 +249,12 @@ def test_notes_go_with_their_runs_and_the_oldest_first(monkeypatch: pytest.Monke
     pool = MemoryPool(capacity=2000)
     for number in range(2000):
         pool.add([number, 5, 6, 7])
-        note_answer(pool, "model", [number], [number, 5, 6, 7])
+        index_answer(pool, "model", [number], [number, 5, 6, 7])
     assert pool.stats.runs <= len(pool.recall(ANSWERS)) < 2 * pool.stats.runs < 1500
     assert told(pool, "model", [0]) is None and told(pool, "model", [1999]) == ((1999, 5, 6, 7), True)
     monkeypatch.setattr(memory_pool, "KEPT_ANSWERS", 3)
     for number in (1, 2, 3, 1, 4):
-        note_answer(pool, "model", [number], [1999, 5, 6, 7])
+        index_answer(pool, "model", [number], [1999, 5, 6, 7])
     assert [number for number in range(10) if told(pool, "model", [number])] == [1, 3, 4]
 
 
@@ -264,14 +266,14 @@ def test_a_store_keeps_the_notes_that_were_used_last(url: str, monkeypatch: pyte
         for number in (1, 2, 3, 1, 4):
             pool = store.open("a", fingerprint="f")
             pool.add([5, 6])
-            note_answer(pool, "model", [number], [5, 6])
-            assert isinstance(pool, AnswerBook)
+            index_answer(pool, "model", [number], [5, 6])
+            assert isinstance(pool, AnswerIndex)
             pool.remember({f"model/successors/{number}": b""})
             store.flush()
     with PhraseStore(url) as store:
         pool = store.open("a", fingerprint="f")
         assert [number for number in range(10) if told(pool, "model", [number])] == [1, 3, 4]
-        assert isinstance(pool, AnswerBook) and len(pool.recall("model/")) == 2
+        assert isinstance(pool, AnswerIndex) and len(pool.recall("model/")) == 2
 
 
 def test_pools_that_keep_no_notes_know_no_answers() -> None:
@@ -286,8 +288,8 @@ def test_pools_that_keep_no_notes_know_no_answers() -> None:
 
     bare = Bare()
     assert isinstance(bare, PhrasePool)
-    note_answer(bare, "model", [1, 2], [3, 4])
-    assert known_answer([bare], "model", [1, 2]) is None
+    index_answer(bare, "model", [1, 2], [3, 4])
+    assert lookup_answer([bare], "model", [1, 2]) is None
 
 
 def test_transformers_generate_knows_it_too() -> None:

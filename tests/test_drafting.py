@@ -12,18 +12,18 @@ from ouroboros_llm.decoding.decoder import prefill_cost
 from ouroboros_llm.decoding.draft_tree import DraftTree
 from ouroboros_llm.decoding.drafter import Budget, Drafter, NoDrafts, Round
 from ouroboros_llm.drafting.calibration import Calibration, Estimate
-from ouroboros_llm.drafting.cost_gate import PayingDrafter, Worth
-from ouroboros_llm.drafting.learned_state import Memory, sources
+from ouroboros_llm.drafting.cost_gate import CostGatedDrafter, CostTracker
+from ouroboros_llm.drafting.learned_state import LearnedState, sources
 from ouroboros_llm.drafting.phrases import rejected_but_right
 from ouroboros_llm.drafting.token_recycling import Recycling, SuccessorTable, decode, encode
-from ouroboros_llm.drafting.tree_drafter import Blend, WidthChoice
+from ouroboros_llm.drafting.tree_drafter import TreeDrafter, WidthChoice
 
 pytestmark = pytest.mark.clock
 
 WIDE = Budget(width=64, depth=100)
 
 
-def drafter(*runs: list[int]) -> Blend:
+def drafter(*runs: list[int]) -> TreeDrafter:
     pool = MemoryPool()
     for run in runs:
         pool.add(run)
@@ -38,7 +38,7 @@ def paths(draft: DraftTree) -> set[tuple[int, ...]]:
 
 
 def test_drafters_meet_the_protocol() -> None:
-    assert isinstance(NoDrafts(), Drafter) and isinstance(Blend([]), Drafter)
+    assert isinstance(NoDrafts(), Drafter) and isinstance(TreeDrafter([]), Drafter)
 
 
 def test_a_known_run_is_drafted_to_its_end() -> None:
@@ -122,7 +122,7 @@ def estimate(calibration: Calibration, kind: str = "x") -> Estimate:
 
 def test_calibration_learns_how_often_guesses_hold() -> None:
     calibration = Calibration()
-    drafter = Blend([], calibration)
+    drafter = TreeDrafter([], calibration)
     assert calibration.chance(("a", "x"), prior=0.5) == 0.5
     for _ in range(2000):
         drafter.learn(judged(estimate(calibration), hit=True))
@@ -149,7 +149,7 @@ def test_guesses_behind_a_rejected_one_are_not_counted() -> None:
     calibration = Calibration()
     first, second = estimate(calibration, "first"), estimate(calibration, "second")
     draft = DraftTree((1, 5, 6), (-1, 0, 1), (1.0, 0.5, 0.5), ("", "a", "a"), (None, first, second))
-    Blend([], calibration).learn(Round(draft, (2,), (0,), (2, 6, 7)))
+    TreeDrafter([], calibration).learn(Round(draft, (2,), (0,), (2, 6, 7)))
     assert calibration.chance(("a", "first"), 0.5) < 0.5
     assert calibration.chance(("a", "second"), 0.5) == 0.5
 
@@ -157,7 +157,7 @@ def test_guesses_behind_a_rejected_one_are_not_counted() -> None:
 def test_calibration_can_be_kept() -> None:
     calibration = Calibration()
     for number in range(50):
-        Blend([], calibration).learn(judged(estimate(calibration), hit=number % 5 > 0))
+        TreeDrafter([], calibration).learn(judged(estimate(calibration), hit=number % 5 > 0))
     kept = Calibration.from_bytes(calibration.to_bytes())
     assert kept.chance(("a", "x"), 0.1) == pytest.approx(calibration.chance(("a", "x"), 0.1), abs=1e-3)
     assert list(kept.weights(("a", 0))) == pytest.approx(list(calibration.weights(("a", 0))), abs=1e-3)
@@ -181,7 +181,7 @@ class TestRecycling:
         source = Recycling()
         draft = DraftTree((1, 5, 6), (-1, 0, 0), (1.0, 0.5, 0.5), ("", "a", "a"), (None, None, None))
         source.learn(Round(draft, (5, 8), (0, 1), (5, 8, 7), (((5, 0.9),), ((8, 0.6), (9, 0.3)), ((7, 0.5),))))
-        found = Blend([source]).draft([6], WIDE)
+        found = TreeDrafter([source]).draft([6], WIDE)
         assert found.token_ids[:2] == (6, 7) and found.sources[1] == "recycling"
         assert source.guesses(source.start([5])).by_token.keys() == {8, 9}
 
@@ -231,18 +231,18 @@ class TestRecycling:
 class TestMemory:
     def test_what_was_learned_is_kept_with_the_pool_by_model(self) -> None:
         pool = MemoryPool()
-        memory = Memory()
+        memory = LearnedState()
         memory.successors.set(7, ((8, 0.5),))
-        Blend([], memory.calibration).learn(judged(estimate(memory.calibration), hit=True))
+        TreeDrafter([], memory.calibration).learn(judged(estimate(memory.calibration), hit=True))
         memory.remember(pool, "model-a")
-        again, other = Memory.recall(pool, "model-a"), Memory.recall(pool, "model-b")
+        again, other = LearnedState.recall(pool, "model-a"), LearnedState.recall(pool, "model-b")
         assert again.successors.get(7) == ((8, 0.5),) and other.successors.get(7) is None
         assert again.calibration.chance(("a", "x"), 0.5) > 0.5 == other.calibration.chance(("a", "x"), 0.5)
 
     def test_sources_are_those_that_were_named(self) -> None:
         def names(*drafters: str) -> list[str]:
             pool = MemoryPool()
-            found = sources(drafters, Memory(), write=pool, read=[MemoryPool()], documents=MemoryPool())
+            found = sources(drafters, LearnedState(), write=pool, read=[MemoryPool()], documents=MemoryPool())
             return [source.name for source in found]
 
         assert names("phrases") == ["text", "phrases", "shared"]
@@ -252,13 +252,13 @@ class TestMemory:
 
 
 def test_equal_guesses_are_one_node() -> None:
-    pool, memory = MemoryPool(), Memory()
+    pool, memory = MemoryPool(), LearnedState()
     pool.add([1, 2, 3])
     memory.successors.set(2, ((3, 0.9), (4, 0.1)))
-    both = Blend(sources(["phrases", "recycling"], memory, read=[pool]), memory.calibration)
+    both = TreeDrafter(sources(["phrases", "recycling"], memory, read=[pool]), memory.calibration)
     draft = both.draft([1, 2], WIDE)
     assert sorted(draft.token_ids[1:]) == [3, 4]
-    alone = Blend(sources(["recycling"], memory), memory.calibration).draft([1, 2], WIDE)
+    alone = TreeDrafter(sources(["recycling"], memory), memory.calibration).draft([1, 2], WIDE)
     assert draft.chances[draft.token_ids.index(3)] != alone.chances[alone.token_ids.index(3)]
 
 
@@ -295,7 +295,7 @@ def test_rejected_runs_are_learned_but_not_prompts() -> None:
 
 
 def test_a_draft_model_is_asked_as_long_as_it_pays() -> None:
-    worth = Worth()
+    worth = CostTracker()
     for _ in range(8):
         assert worth.pays(1.0, pass_seconds=1.0), "it gets a few rounds to show what it can"
         worth.spent(0.5)
@@ -321,7 +321,7 @@ class Chains:
 @pytest.mark.parametrize("accepted", [0, 3])
 def test_drafts_are_made_while_they_pay(accepted: int) -> None:
     """A pass over four takes as long as one and a half; four tokens are worth that, one is not."""
-    drafter, made = PayingDrafter(Chains(), pass_seconds=lambda: 1000.0), 0
+    drafter, made = CostGatedDrafter(Chains(), pass_seconds=lambda: 1000.0), 0
     budget = Budget(64, 50, cost=lambda width: 1.0 + (width > 1) / 2)
     for _ in range(200):
         draft = drafter.draft([1], budget)
@@ -332,7 +332,7 @@ def test_drafts_are_made_while_they_pay(accepted: int) -> None:
 
 
 def test_drafts_of_a_fixed_width_are_always_made() -> None:
-    drafter = PayingDrafter(Chains(), pass_seconds=lambda: 1e-9)
+    drafter = CostGatedDrafter(Chains(), pass_seconds=lambda: 1e-9)
     for _ in range(50):
         draft = drafter.draft([1], WIDE)
         drafter.learn(Round(draft, (9,), (0,), (2,) * 4))

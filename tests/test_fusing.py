@@ -20,7 +20,7 @@ from ouroboros_llm.target_model.quantization import quantize
 from ouroboros_llm.target_model.static.forward import StaticForward
 from ouroboros_llm.target_model.static.fused_ops import ACTIVATIONS, Plain, operations_for
 from ouroboros_llm.target_model.static.fusion import _NORMS, _ROTATIONS, fuse
-from ouroboros_llm.target_model.static.shared_weights import twin_of
+from ouroboros_llm.target_model.static.shared_weights import clone_sharing_weights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,7 +67,7 @@ def logits_of(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("architecture", STATIC)
 def test_what_modules_compute_is_found_and_is_the_same_to_the_last_bit(architecture: str, dtype: torch.dtype) -> None:
     model = fresh(tiny_model(architecture).config, dtype)
-    twin = twin_of(model)
+    twin = clone_sharing_weights(model)
     assert fuse(twin, Plain()) == FOUND[architecture]
     assert torch.equal(logits_of(twin), logits_of(model))
 
@@ -82,7 +82,7 @@ def test_gates_and_ups_of_one_matrix_are_found(config: Any) -> None:
     model = fresh(
         config(**sizes, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0)
     )
-    twin = twin_of(model)
+    twin = clone_sharing_weights(model)
     assert fuse(twin, Plain())["gates"] == 2
     assert torch.equal(logits_of(twin), logits_of(model))
 
@@ -90,7 +90,7 @@ def test_gates_and_ups_of_one_matrix_are_found(config: Any) -> None:
 def test_quantized_layers_are_gated_too() -> None:
     model = fresh(tiny_model().config)
     quantize(model, "int8")
-    twin = twin_of(model)
+    twin = clone_sharing_weights(model)
     assert fuse(twin, Plain()) == FOUND["llama"]
     assert torch.equal(logits_of(twin), logits_of(model))
 
@@ -98,7 +98,7 @@ def test_quantized_layers_are_gated_too() -> None:
 def test_the_model_itself_is_not_touched() -> None:
     model = fresh(tiny_model("gemma3_mixed").config)
     kinds = [type(module) for module in model.modules()]
-    twin = twin_of(model)
+    twin = clone_sharing_weights(model)
     fuse(twin, Plain())
     assert [type(module) for module in model.modules()] == kinds
     assert not any("_fused" in module.__dict__ for module in model.modules())
@@ -109,7 +109,7 @@ def test_the_model_itself_is_not_touched() -> None:
 
 def test_weights_that_are_changed_are_changed_for_both() -> None:
     model = fresh(tiny_model().config)
-    twin = twin_of(model)
+    twin = clone_sharing_weights(model)
     fuse(twin, Plain())
     with torch.no_grad():
         model.model.norm.weight.mul_(1.5)
@@ -182,14 +182,14 @@ def test_operations_that_are_wrong_are_not_used() -> None:
         def gate(self, gates: torch.Tensor, ups: torch.Tensor, activation: Any) -> torch.Tensor:
             raise RuntimeError("cannot be compiled")
 
-    assert fuse(twin_of(fresh(tiny_model().config)), Wrong()) == {"rotations": 2}
+    assert fuse(clone_sharing_weights(fresh(tiny_model().config)), Wrong()) == {"rotations": 2}
 
 
 def test_nobody_else_s_random_numbers_are_taken() -> None:
     torch.manual_seed(5)
     wanted = torch.rand(3)
     torch.manual_seed(5)
-    fuse(twin_of(tiny_model()), Plain())
+    fuse(clone_sharing_weights(tiny_model()), Plain())
     assert torch.equal(torch.rand(3), wanted)
 
 

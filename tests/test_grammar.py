@@ -25,9 +25,9 @@ from ouroboros_llm.decoding.decoder import Decoder
 from ouroboros_llm.decoding.sampling import Sampler, sampler_for
 from ouroboros_llm.drafting.base import Rule
 from ouroboros_llm.drafting.forced_tokens import GrammarSource
-from ouroboros_llm.drafting.learned_state import Memory, sources
+from ouroboros_llm.drafting.learned_state import LearnedState, sources
 from ouroboros_llm.drafting.phrases import PhraseSource
-from ouroboros_llm.drafting.tree_drafter import Blend
+from ouroboros_llm.drafting.tree_drafter import TreeDrafter
 from ouroboros_llm.grammar.compiled import Matcher, matcher_for
 from ouroboros_llm.grammar.constraint import Constraint, constraint_for
 from ouroboros_llm.models import loading as models
@@ -286,7 +286,7 @@ def rounds(grammar: Grammar, limit: int, pool: MemoryPool) -> list[Any]:
     sampler = sampler_for(model, options, len(prompt_ids()), limit, 0.0, constraint)
     source = GrammarSource(constraint.place)
     assert isinstance(source, Rule)
-    drafter = Blend([source, PhraseSource("phrases", pool)])
+    drafter = TreeDrafter([source, PhraseSource("phrases", pool)])
     decoder = Decoder(prepare(model).start(), drafter, width=64)
     return list(decoder.rounds(prompt_ids(), sampler, limit=limit, end_token_ids={END}))
 
@@ -512,9 +512,9 @@ def test_a_real_vocabulary_in_which_text_divides_in_many_ways(
         generator = torch.Generator().manual_seed(seed)
         masks = [lambda ids, scores, constraint=constraint: constraint.mask(scores)]
         sampler = Sampler(masks, constraint=constraint, sample=sample, generator=generator)
-        memory = Memory()
+        memory = LearnedState()
         named = sources(("phrases", "recycling"), memory)
-        drafter = Blend([GrammarSource(constraint.place), *named], memory.calibration)
+        drafter = TreeDrafter([GrammarSource(constraint.place), *named], memory.calibration)
         decoder = Decoder(ScriptedTarget(logits), drafter, width=width, successors=4)
         done = decoder.rounds([5, 6, 7], sampler, limit=limit, end_token_ids={END})
         outputs.append([token_id for round in done for token_id in round.token_ids])

@@ -19,16 +19,16 @@ from ouroboros_llm import DecodingOptions, Ouroboros
 from ouroboros_llm.decoding.decoder import Decoder, _fetched, likeliest_tokens
 from ouroboros_llm.decoding.draft_tree import MAX_WIDTH, DraftTree, TreeBuilder
 from ouroboros_llm.decoding.sampling import Sampler
-from ouroboros_llm.decoding.target import Greedy
+from ouroboros_llm.decoding.target import GreedyAcceptance
 from ouroboros_llm.target_model.capabilities import Probe, probe_static
 from ouroboros_llm.target_model.eager import EagerTarget
 from ouroboros_llm.target_model.kv_cache import SlotLayer
-from ouroboros_llm.target_model.latency import Clock, PassTimes
+from ouroboros_llm.target_model.latency import LatencyModel, PassTimer
 from ouroboros_llm.target_model.prepared import prepare
-from ouroboros_llm.target_model.static.cuda_graphs import Recordings
+from ouroboros_llm.target_model.static.cuda_graphs import CudaGraphs
 from ouroboros_llm.target_model.static.forward import StaticForward
-from ouroboros_llm.target_model.static.in_place import InPlace, first_seen, reach_of
-from ouroboros_llm.target_model.static.tree_attention import Nodes, Placed, attend
+from ouroboros_llm.target_model.static.in_place import PointerAttention, first_seen, reach_of
+from ouroboros_llm.target_model.static.tree_attention import CachePointers, DraftInputs, attend
 
 CPU = torch.device("cpu")
 CUDA = torch.cuda.is_available()
@@ -76,7 +76,7 @@ def by_address(
     key: torch.Tensor,
     value: torch.Tensor,
     first: torch.Tensor,
-    placed: Placed,
+    placed: CachePointers,
     layer: int,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -91,7 +91,7 @@ def by_address(
         buffer = torch.frombuffer(memory, dtype=torch.float32).view(shape)
         buffer[:, :, length : length + width] = states
         buffers.append(buffer)
-    nodes = Nodes(width, CPU)
+    nodes = DraftInputs(width, CPU)
     nodes.length, nodes.lineage, nodes.positions = placed.length, placed.lineage, placed.positions[None]
 
     def sees(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -100,7 +100,9 @@ def by_address(
     return attend(query, *buffers, nodes.seen(sees, slots), scaling, softcap, sinks)
 
 
-def move_by_address(placed: Placed, order: torch.Tensor, places: torch.Tensor, like: torch.Tensor, heads: int) -> None:
+def move_by_address(
+    placed: CachePointers, order: torch.Tensor, places: torch.Tensor, like: torch.Tensor, heads: int
+) -> None:
     length, slots, width = int(placed.length), int(placed.capacity), len(order)
     for address in placed.buffers[places].tolist():
         shape = (heads, slots, len(like))
@@ -134,7 +136,7 @@ def read(target: EagerTarget, text: list[int]) -> EagerTarget:
 
 def test_the_widest_is_recorded_first_and_each_width_once() -> None:
     recorder, made = Repeating(), list[int]()
-    recordings = Recordings(recorder)
+    recordings = CudaGraphs(recorder)
 
     def step(width: int) -> tuple[torch.Tensor, torch.Tensor]:
         made.append(width)
@@ -152,7 +154,7 @@ def test_the_widest_is_recorded_first_and_each_width_once() -> None:
 
 
 def test_what_cannot_be_recorded_is_said_once_and_made_anew() -> None:
-    recordings = Recordings(Failing())
+    recordings = CudaGraphs(Failing())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -167,7 +169,7 @@ def test_memory_that_runs_out_is_no_reason_to_stop_recording() -> None:
         def record(self, run: Callable[[], None]) -> Callable[[], None]:
             raise torch.OutOfMemoryError("out of memory")
 
-    recordings = Recordings(Full())
+    recordings = CudaGraphs(Full())
     with pytest.raises(torch.OutOfMemoryError):
         recordings.run(4, lambda width: (torch.ones(width, 2),))
     assert not recordings.complete(4)
@@ -175,7 +177,7 @@ def test_memory_that_runs_out_is_no_reason_to_stop_recording() -> None:
 
 def test_passes_that_are_recorded_first_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, recorder = tiny_model("qwen2"), Repeating()
-    times, added = PassTimes("cpu float32", padded=True), list[int]()
+    times, added = LatencyModel("cpu float32", padded=True), list[int]()
     monkeypatch.setattr(times, "add", lambda width, seconds: added.append(width))
     target = read(EagerTarget(model, "tree", times, static=StaticForward(model, recorder=recorder)), TEXT)
     for width in (5, 6, 1, 1, 8):
@@ -194,8 +196,8 @@ def test_a_clock_asks_a_device_only_for_what_is_over() -> None:
         def elapsed_time(self, other: Any) -> float:
             return 500.0
 
-    times, event = PassTimes("cuda"), Event()
-    clock = Clock(times)
+    times, event = LatencyModel("cuda"), Event()
+    clock = PassTimer(times)
     clock._running.append((1, Event(), event))
     clock.settle()
     assert times.one is None
@@ -232,7 +234,7 @@ CASES = {
 def test_kernels_compute_what_plain_operations_do(case: str, kernels: Any) -> None:
     width, heads, key_heads, size, value_size, length, window, softcap, sinks = CASES[case]
     torch.manual_seed(0)
-    slots, nodes = 256, Nodes(width, DEVICE)
+    slots, nodes = 256, DraftInputs(width, DEVICE)
     nodes.fill(bushy(width), length, 1000, slots)
     keys, values = (torch.randn(1, key_heads, slots, wide, device=DEVICE) for wide in (size, value_size))
     query, key, value = (
@@ -282,7 +284,7 @@ def test_reaches_are_told_apart_by_the_library_s_own_predicates() -> None:
 
 @pytest.mark.parametrize("architecture", STATIC)
 def test_one_recording_serves_every_text(architecture: str) -> None:
-    check_recording(architecture, InPlace(ByAddress))
+    check_recording(architecture, PointerAttention(ByAddress))
 
 
 def test_one_recording_by_the_kernels_does_so_too(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,10 +293,10 @@ def test_one_recording_by_the_kernels_does_so_too(kernels: Any, monkeypatch: pyt
         monkeypatch.setattr("ouroboros_llm.target_model.static.cuda_graphs.MAX_WIDTH", 8)
         monkeypatch.setattr("ouroboros_llm.target_model.static.forward.MAX_WIDTH", 8)
         monkeypatch.setattr(kernels, "_PROGRAMS", 6)
-    check_recording("gemma3_mixed", InPlace(), recordings=1 if not CUDA else 2)
+    check_recording("gemma3_mixed", PointerAttention(), recordings=1 if not CUDA else 2)
 
 
-def check_recording(architecture: str, attention: InPlace, recordings: int = 2) -> None:
+def check_recording(architecture: str, attention: PointerAttention, recordings: int = 2) -> None:
     """Whatever the text, however long, and though its buffers moved since."""
     model = tiny_model(architecture)
     recorder = Repeating()
@@ -311,7 +313,7 @@ def check_recording(architecture: str, attention: InPlace, recordings: int = 2) 
 
 
 def test_layers_that_share_keys_are_left_to_the_library() -> None:
-    attention, nodes = InPlace(ByAddress), Nodes(1, CPU, 2)
+    attention, nodes = PointerAttention(ByAddress), DraftInputs(1, CPU, 2)
     states = torch.zeros(1, 1, 1, 8)
     layer = attention.layer(1, SlotLayer(), nodes, False)
     layer.update(states, states)
@@ -324,14 +326,14 @@ def test_layers_that_share_keys_are_left_to_the_library() -> None:
 def test_a_model_is_probed_by_recorded_passes_too() -> None:
     """Whose logits are overwritten by the next."""
     model = tiny_model()
-    found = probe_static(model, StaticForward(model, InPlace(ByAddress), Repeating()), Probe("tree", 9.0))
+    found = probe_static(model, StaticForward(model, PointerAttention(ByAddress), Repeating()), Probe("tree", 9.0))
     assert 0 < found.margin < 1e-3
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_mixed", "gpt_oss", "gpt2"])
 def test_recorded_passes_change_no_token(architecture: str) -> None:
     model = tiny_model(architecture)
-    static = StaticForward(model, InPlace(ByAddress), Repeating())
+    static = StaticForward(model, PointerAttention(ByAddress), Repeating())
     prompt = byte_tokenizer()("abcabcabcabc, the cat sat on the mat, the cat")["input_ids"]
     for width in (5, 64, None):
         decoder = Decoder(EagerTarget(model, "tree", static=static), blend(), width=width, successors=8)
@@ -383,7 +385,7 @@ def test_a_greedy_round_waits_for_the_device_once() -> None:
 
     model = copy.deepcopy(tiny_model()).to("cuda")
     target = read(prepare(model, "static").start(), TEXT)  # type: ignore[arg-type]
-    greedy, static = Greedy(9, {2}, 8), target.static
+    greedy, static = GreedyAcceptance(9, {2}, 8), target.static
     for _ in range(2):
         found = target.walk(TREE, greedy)
         target.keep(found.path)  # type: ignore[union-attr]
@@ -398,10 +400,10 @@ def test_a_greedy_round_waits_for_the_device_once() -> None:
 @pytest.mark.gpu
 @needs_gpu
 def test_half_precision_products_come_in_single_precision_on_a_device() -> None:
-    from ouroboros_llm.target_model.static.lm_head import Float32Head
+    from ouroboros_llm.target_model.static.lm_head import Float32LMHead
 
     head = torch.nn.Linear(64, 500, bias=True, dtype=torch.bfloat16, device="cuda")
     states = torch.randn(1, 4, 64, dtype=torch.bfloat16, device="cuda")
-    logits = Float32Head(head)(states)
+    logits = Float32LMHead(head)(states)
     exact = states.double() @ head.weight.double().T + head.bias.double()
     assert logits.dtype == torch.float32 and torch.allclose(logits.double(), exact, atol=1e-4)

@@ -31,9 +31,9 @@ from ouroboros_llm import (
     MissingExtraError,
     OptionError,
     Ouroboros,
-    Piece,
     PromptError,
     RequestTimeoutError,
+    StreamChunk,
     Usage,
 )
 from ouroboros_llm.defaults import DEFAULT_MODEL, DEFAULT_STORE
@@ -65,18 +65,18 @@ class Scripted:
     def encode(self, prompt: Any, *, tools: Any = None) -> list[int]:
         return list(str(prompt).encode()) + [0] * len(tools or ())
 
-    def stream(self, prompt: Any, **arguments: Any) -> Iterator[Piece]:
+    def stream(self, prompt: Any, **arguments: Any) -> Iterator[StreamChunk]:
         self.calls.append({"prompt": prompt, **arguments})
         return self._stream(prompt)
 
-    def _stream(self, prompt: Any) -> Iterator[Piece]:
+    def _stream(self, prompt: Any) -> Iterator[StreamChunk]:
         try:
             for number, text in enumerate(self.texts):
                 self.threads.add(threading.get_ident())
                 assert self.go_on.wait(30)
-                yield Piece(text, (3 * number, 3 * number + 1, 3 * number + 2))
+                yield StreamChunk(text, (3 * number, 3 * number + 1, 3 * number + 2))
             usage = Usage(len(self.encode(prompt)), 9, cached_tokens=2)
-            yield Piece("", (), GenerationResult("".join(self.texts), tuple(range(9)), "stop", usage, STATISTICS))
+            yield StreamChunk("", (), GenerationResult("".join(self.texts), tuple(range(9)), "stop", usage, STATISTICS))
         finally:
             self.closed.set()
 
@@ -405,11 +405,11 @@ async def test_more_answers_at_once_than_a_thread_pool_holds(kind: Any) -> None:
     crowd, gate = 80, threading.Barrier(80)
 
     class Meeting(Scripted):
-        def _stream(self, prompt: Any) -> Iterator[Piece]:
+        def _stream(self, prompt: Any) -> Iterator[StreamChunk]:
             gate.wait(60)
             return super()._stream(prompt)
 
-        def stream(self, prompt: Any, **arguments: Any) -> Iterator[Piece]:
+        def stream(self, prompt: Any, **arguments: Any) -> Iterator[StreamChunk]:
             yield from self._stream(prompt)
 
     model = kind(ouroboros=Meeting())
@@ -468,7 +468,7 @@ async def test_a_time_limit_ends_the_decoding(kind: Any, tiny_ouroboros: Ourobor
 
 @pytest.mark.parametrize("kind", CLASSES)
 async def test_errors_of_the_model_reach_caller_and_listeners(kind: Any, scripted: Scripted) -> None:
-    def fail(*_: Any, **__: Any) -> Iterator[Piece]:
+    def fail(*_: Any, **__: Any) -> Iterator[StreamChunk]:
         raise PromptError("prompt is empty")
 
     scripted.stream = fail  # type: ignore[method-assign]
@@ -767,7 +767,7 @@ class Meeting(Scripted):
         super().__init__()
         self.all_here = threading.Barrier(callers)
 
-    def _stream(self, prompt: Any) -> Iterator[Piece]:
+    def _stream(self, prompt: Any) -> Iterator[StreamChunk]:
         self.all_here.wait(30)
         yield from super()._stream(prompt)
 
@@ -783,7 +783,7 @@ async def test_batches_are_answered_at_once(cls: Any) -> None:
 @pytest.mark.parametrize("asynchronously", [False, True])
 async def test_an_error_of_one_prompt_does_not_wait_for_the_others(asynchronously: bool) -> None:
     class Failing(Scripted):
-        def _stream(self, prompt: Any) -> Iterator[Piece]:
+        def _stream(self, prompt: Any) -> Iterator[StreamChunk]:
             if prompt == "bad":
                 raise ZeroDivisionError
             yield from super()._stream(prompt)
@@ -800,13 +800,13 @@ def test_an_error_of_one_prompt_ends_the_others() -> None:
     class Endless(Scripted):
         closed, begun = threading.Event(), threading.Event()
 
-        def _stream(self, prompt: Any) -> Iterator[Piece]:
+        def _stream(self, prompt: Any) -> Iterator[StreamChunk]:
             if prompt == "bad":
                 assert self.begun.wait(30)
                 raise ZeroDivisionError
             try:
                 while True:
-                    yield Piece("a", (7,))
+                    yield StreamChunk("a", (7,))
                     self.begun.set()
             finally:
                 self.closed.set()

@@ -34,9 +34,9 @@ from ouroboros_llm import (
     GenerationResult,
     OptionError,
     Ouroboros,
-    Piece,
     PromptError,
     RequestTimeoutError,
+    StreamChunk,
     Usage,
 )
 from ouroboros_llm.defaults import DEFAULT_STORE
@@ -82,14 +82,14 @@ class ScriptedOuroboros:
         read_scopes: Any = (),
         options: DecodingOptions | None = None,
         tools: Any = None,
-    ) -> Iterator[Piece]:
+    ) -> Iterator[StreamChunk]:
         assert options is not None and tools is None
         self.prompts.append(prompt)
         self.scopes.append((scope, tuple(read_scopes)))
         self.options.append(options)
         return self._pieces()
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _pieces(self) -> Iterator[StreamChunk]:
         if self.lock:
             self.lock.acquire()
         try:
@@ -98,7 +98,7 @@ class ScriptedOuroboros:
                 if self.gate and number:
                     self.waiting.set()
                     assert self.gate.wait(PATIENCE), "the event loop did not run"
-                yield Piece(text, (number,), self._result() if number == len(self.texts) - 1 else None)
+                yield StreamChunk(text, (number,), self._result() if number == len(self.texts) - 1 else None)
         finally:
             self.threads.add(threading.get_ident())
             if self.lock:
@@ -405,7 +405,7 @@ class TestEventLoop:
                 await responses(OuroborosLLM(ouroboros=scripted), method)
 
 
-class Recorder(BaseEventHandler):
+class GraphCapturer(BaseEventHandler):
     events: list[Any] = []
 
     def handle(self, event: Any, **kwargs: Any) -> None:
@@ -416,8 +416,8 @@ class Recorder(BaseEventHandler):
 
 
 @pytest.fixture
-def recorder() -> Iterator[Recorder]:
-    recorder, root = Recorder(events=[]), get_dispatcher()
+def recorder() -> Iterator[GraphCapturer]:
+    recorder, root = GraphCapturer(events=[]), get_dispatcher()
     root.add_event_handler(recorder)
     yield recorder
     root.event_handlers.remove(recorder)
@@ -427,7 +427,7 @@ class TestClosing:
     """With handlers that keep what they are given, exceptions and their frames included."""
 
     @pytest.mark.parametrize("method", ["stream_complete", "stream_chat"])
-    def test_sync(self, scripted: ScriptedOuroboros, recorder: Recorder, method: str) -> None:
+    def test_sync(self, scripted: ScriptedOuroboros, recorder: GraphCapturer, method: str) -> None:
         llm = OuroborosLLM(ouroboros=scripted, callback_manager=CallbackManager([LlamaDebugHandler()]))
         stream = ask(llm, method)
         assert next(stream).delta == "Once"
@@ -437,7 +437,7 @@ class TestClosing:
         assert recorder.names()[-1] == "ExceptionEvent"
 
     @pytest.mark.parametrize("method", ["astream_complete", "astream_chat"])
-    async def test_async(self, scripted: ScriptedOuroboros, recorder: Recorder, method: str) -> None:
+    async def test_async(self, scripted: ScriptedOuroboros, recorder: GraphCapturer, method: str) -> None:
         llm = OuroborosLLM(ouroboros=scripted, callback_manager=CallbackManager([LlamaDebugHandler()]))
         stream = await ask(llm, method)
         assert (await anext(stream)).delta == "Once"
@@ -460,7 +460,7 @@ class TestClosing:
 
 class TestEvents:
     @pytest.mark.parametrize("method", SYNC + ASYNC)
-    async def test_fire_in_order(self, llm: OuroborosLLM, recorder: Recorder, method: str) -> None:
+    async def test_fire_in_order(self, llm: OuroborosLLM, recorder: GraphCapturer, method: str) -> None:
         await responses(llm, method, seed=5)
         kind = "Chat" if method.endswith("chat") else "Completion"
         progress = [f"LLM{kind}InProgressEvent"] * 4 if method in STREAMS else []

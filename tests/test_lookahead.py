@@ -17,9 +17,9 @@ from ouroboros_llm.decoding.draft_tree import DraftTree, TreeBuilder
 from ouroboros_llm.decoding.drafter import Budget, Drafter, NoDrafts, Round
 from ouroboros_llm.decoding.sampling import Sampler
 from ouroboros_llm.drafting.calibration import Estimate
-from ouroboros_llm.drafting.lookahead import NAME, LookaheadDrafter, WindowWorth, gained
+from ouroboros_llm.drafting.lookahead import NAME, LookaheadDrafter, WindowCostTracker, gained
 from ouroboros_llm.drafting.phrases import PhraseSource, RunningText
-from ouroboros_llm.drafting.tree_drafter import Blend
+from ouroboros_llm.drafting.tree_drafter import TreeDrafter
 from ouroboros_llm.target_model.prepared import prepare
 from ouroboros_llm.target_model.scripted import ScriptedTarget
 
@@ -70,10 +70,10 @@ class Fixed:
         pass
 
 
-def lookahead(pool: NotedPool, window: int, length: int, worth: WindowWorth | None = None) -> LookaheadDrafter:
+def lookahead(pool: NotedPool, window: int, length: int, worth: WindowCostTracker | None = None) -> LookaheadDrafter:
     """A window beside what a real drafter finds in the running text and in the window's own n-grams."""
     sources = [RunningText(), PhraseSource(NAME, pool, after="prompt")]
-    return LookaheadDrafter(Blend(sources), pool, window=window, length=length, worth=worth)
+    return LookaheadDrafter(TreeDrafter(sources), pool, window=window, length=length, worth=worth)
 
 
 def ids(prompt: str) -> list[int]:
@@ -138,13 +138,13 @@ def test_windows_change_no_token(window: int, length: int, width: int | None) ->
 def test_windows_change_no_token_of_other_models(architecture: str) -> None:
     for prompt in PROMPTS:
         wanted = plain(tiny_model(architecture), ids(prompt), TOKENS)
-        for worth in (WindowWorth(), Always()):
+        for worth in (WindowCostTracker(), Always()):
             decoder = Decoder(prepare(tiny_model(architecture)).start(), lookahead(NotedPool(), 4, 3, worth))
             rounds = decoder.rounds(ids(prompt), Sampler(), limit=TOKENS, end_token_ids={2})
             assert [token_id for round in rounds for token_id in round.token_ids] == wanted
 
 
-class Always(WindowWorth):
+class Always(WindowCostTracker):
     def pays(self) -> bool:
         return True
 
@@ -195,7 +195,7 @@ def test_columns_become_the_targets_own_continuations() -> None:
 
 def test_a_text_that_never_repeats_is_drafted() -> None:
     """Without a model, no other source can guess what follows here."""
-    alone = rounds_of(Blend([RunningText()]), AHEAD, 200)
+    alone = rounds_of(TreeDrafter([RunningText()]), AHEAD, 200)
     with_window = rounds_of(lookahead(NotedPool(), 6, 4), AHEAD, 200)
     tokens = [token_id for round in with_window for token_id in round.token_ids]
     assert tokens == [token_id for round in alone for token_id in round.token_ids]
@@ -309,7 +309,7 @@ def test_a_window_that_does_not_pay_is_switched_off_and_tried_again() -> None:
 
 def test_worth_weighs_passes_saved_against_passes_widened() -> None:
     for gained_tokens, pays in ((17, False), (18, True)):
-        worth = WindowWorth()
+        worth = WindowCostTracker()
         for number in range(64):
             assert worth.pays()
             # 64 passes, each a fifth longer, take 12.8 passes; three of four gained tokens save one.

@@ -25,10 +25,10 @@ from ouroboros_llm import (
     StoreError,
     TokenizerMismatchError,
 )
-from ouroboros_llm.phrase_pool.base import Notebook
+from ouroboros_llm.phrase_pool.base import NoteStore
 from ouroboros_llm.phrase_pool.memory import MemorySource
-from ouroboros_llm.sessions.prefix_cache import WorkspaceMemory
-from ouroboros_llm.sessions.session import Sessions
+from ouroboros_llm.sessions.prefix_cache import PrefixCache
+from ouroboros_llm.sessions.session import SessionStore
 from ouroboros_storage import PhraseStore
 
 PROMPT = "the cat sat on the mat, the dog"
@@ -157,7 +157,7 @@ def test_a_conversation_reuses_its_prefix(tiny_ouroboros: Ouroboros) -> None:
 
 
 def test_kept_keys_and_values_are_bounded() -> None:
-    sessions = Sessions(capacity=3, memory=WorkspaceMemory(limit=1))
+    sessions = SessionStore(capacity=3, memory=PrefixCache(limit=1))
     with Ouroboros(tiny_model(), byte_tokenizer()) as ouroboros:
         ouroboros._sessions.sessions = sessions
         for number in range(5):
@@ -427,7 +427,7 @@ def test_a_scope_begins_with_the_calibration_of_those_that_it_reads(tiny_ourobor
 
     def notes(scope: str) -> Mapping[str, bytes]:
         pool = tiny_ouroboros.store.open(scope, fingerprint=tiny_ouroboros.fingerprint)
-        assert isinstance(pool, Notebook)
+        assert isinstance(pool, NoteStore)
         return pool.recall("")
 
     def begin(scope: str, *read: str) -> bytes:

@@ -20,11 +20,11 @@ from ouroboros_llm.decoding.drafter import NoDrafts
 from ouroboros_llm.decoding.sampling import Sampler
 from ouroboros_llm.decoding.target import Pass
 from ouroboros_llm.serving.request import AHEAD, End, Request, Steps
-from ouroboros_llm.serving.scheduler import Worker
-from ouroboros_llm.target_model.batching import PackedLayer, Packer, PackTimes, can_pack
+from ouroboros_llm.serving.scheduler import Scheduler
+from ouroboros_llm.target_model.batching import BatchedLayer, Batcher, BatchLatency, can_batch
 from ouroboros_llm.target_model.capabilities import probe, probe_batching
 from ouroboros_llm.target_model.eager import EagerTarget
-from ouroboros_llm.target_model.latency import PassTimes
+from ouroboros_llm.target_model.latency import LatencyModel
 from ouroboros_llm.target_model.prepared import prepare
 
 pytestmark = pytest.mark.clock
@@ -46,14 +46,14 @@ TOKENS = 40
 def packs(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Packs whatever can be, whatever it takes; the widths of the texts' parts in each pass that was packed."""
     made: list[list[int]] = []
-    together = Packer.together
+    together = Batcher.together
 
-    def noted(self: Packer, passes: Sequence[Pass]) -> list[torch.Tensor]:
+    def noted(self: Batcher, passes: Sequence[Pass]) -> list[torch.Tensor]:
         made.append([wanted.draft.width for wanted in passes])
         return together(self, passes)
 
-    monkeypatch.setattr(PackTimes, "cost", lambda *_: 1.0)
-    monkeypatch.setattr(Packer, "together", noted)
+    monkeypatch.setattr(BatchLatency, "cost", lambda *_: 1.0)
+    monkeypatch.setattr(Batcher, "together", noted)
     return made
 
 
@@ -167,24 +167,24 @@ def test_only_models_that_verify_trees_are_packed(architecture: str) -> None:
 
 
 def test_a_model_that_packs_wrongly_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    update = PackedLayer.update
+    update = BatchedLayer.update
 
-    def leaking(self: PackedLayer, *given: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def leaking(self: BatchedLayer, *given: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = update(self, *given, **named)
         return keys.flip(2), values
 
     assert probe_batching(tiny_model())
-    monkeypatch.setattr(PackedLayer, "update", leaking)
+    monkeypatch.setattr(BatchedLayer, "update", leaking)
     assert probe(tiny_model()).branching == "tree" and not probe_batching(tiny_model())
-    monkeypatch.setattr(PackTimes, "cost", lambda *_: 1.0)
+    monkeypatch.setattr(BatchLatency, "cost", lambda *_: 1.0)
     with Ouroboros(own_model(), byte_tokenizer()) as ouroboros:
         results = ouroboros.batch(PROMPTS, options=DecodingOptions(max_new_tokens=TOKENS))
         for prompt, result in zip(PROMPTS, results, strict=True):
             assert list(result.token_ids) == plain(ouroboros.model, ouroboros.encode(prompt), TOKENS)
-    monkeypatch.setattr(PackedLayer, "update", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(BatchedLayer, "update", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         probe_batching(tiny_model())
-    monkeypatch.setattr(PackedLayer, "update", lambda *_, **__: None)
+    monkeypatch.setattr(BatchedLayer, "update", lambda *_, **__: None)
     assert not probe_batching(tiny_model())
 
 
@@ -202,9 +202,9 @@ def test_texts_whose_angles_depend_on_others_are_not_packed(changed: dict[str, A
         pass
 
     config = Config()
-    assert can_pack(config) and can_pack(tiny_model("gemma3_mixed").config)
+    assert can_batch(config) and can_batch(tiny_model("gemma3_mixed").config)
     vars(config).update(changed)
-    assert not can_pack(config)
+    assert not can_batch(config)
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
@@ -308,7 +308,7 @@ def test_answers_join_and_leave_in_mid_flight(packs: list[list[int]]) -> None:
 
 def test_long_prompts_share_passes_as_far_as_they_fit(packs: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ouroboros_llm.sessions.prefix_cache.PREFILL_CHUNK", 16)
-    monkeypatch.setattr(ouroboros_llm.target_model.batching, "PACK_TOKENS", 40)
+    monkeypatch.setattr(ouroboros_llm.target_model.batching, "BATCH_TOKENS", 40)
     model = tiny_model()
     prompts = [f"{number}" * 100 for number in range(4)]
     options = DecodingOptions(max_new_tokens=5, max_draft_tokens=0)
@@ -408,13 +408,13 @@ def passes(*widths: int) -> list[Pass]:
     return made
 
 
-def packer(kind: str = "cpu") -> Packer:
-    times = PassTimes(kind)
+def packer(kind: str = "cpu") -> Batcher:
+    times = LatencyModel(kind)
     times.add(1, 0.1)
-    return Packer(times, threading.RLock())
+    return Batcher(times, threading.RLock())
 
 
-def chosen(packer: Packer, wanted: Sequence[Pass]) -> list[int]:
+def chosen(packer: Batcher, wanted: Sequence[Pass]) -> list[int]:
     """The places of the passes that it would make in one."""
     return [wanted.index(one) for one in packer._chosen(wanted)]
 
@@ -558,7 +558,7 @@ class Company:
         return f"{name}!"
 
 
-def run(worker: Worker, *requests: Request[Any]) -> None:
+def run(worker: Scheduler, *requests: Request[Any]) -> None:
     worker.hold()
     for request in requests:
         worker.submit(request)
@@ -574,14 +574,14 @@ def the_end_of(request: Request[Any]) -> list[Any]:
 
 
 @pytest.fixture
-def worker() -> Iterator[Worker]:
-    worker = Worker()
+def worker() -> Iterator[Scheduler]:
+    worker = Scheduler()
     yield worker
     worker.retire()
     worker.join(PATIENCE)
 
 
-def test_requests_that_stop_at_passes_go_on_together(worker: Worker) -> None:
+def test_requests_that_stop_at_passes_go_on_together(worker: Scheduler) -> None:
     company = Company()
     requests = [company.request(name, 3 + 2 * (name == "c")) for name in "abc"]
     run(worker, *requests)
@@ -589,7 +589,7 @@ def test_requests_that_stop_at_passes_go_on_together(worker: Worker) -> None:
     assert [sorted(made) for made in company.packer.made] == [list("abc")] * 3 + [["c"]] * 2
 
 
-def test_whoever_shares_no_passes_has_as_many_turns(worker: Worker) -> None:
+def test_whoever_shares_no_passes_has_as_many_turns(worker: Scheduler) -> None:
     company = Company()
     requests = [company.request(name, 30, shares=name != "x") for name in "axb"]
     run(worker, *requests)
@@ -600,7 +600,7 @@ def test_whoever_shares_no_passes_has_as_many_turns(worker: Worker) -> None:
         assert max(begun) - min(begun) <= 2
 
 
-def test_a_request_that_stands_at_a_pass_can_be_closed(worker: Worker) -> None:
+def test_a_request_that_stands_at_a_pass_can_be_closed(worker: Scheduler) -> None:
     company = Company()
     closed, slow = company.request("closed", 10**6), company.request("slow", 50, silent=False)
     run(worker, closed, slow)

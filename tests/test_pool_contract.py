@@ -19,8 +19,8 @@ from ouroboros_llm.phrase_pool.base import (
     ANSWERS,
     MATCH_LIMIT,
     PHRASE_LENGTH,
-    AnswerBook,
-    Notebook,
+    AnswerIndex,
+    NoteStore,
     Phrase,
     PhrasePool,
     PoolStats,
@@ -190,7 +190,7 @@ def test_runs_of_the_middle_are_no_beginnings(fill: Fill) -> None:
 
 def test_notes_are_kept_by_name(fill: Fill) -> None:
     pool = fill([[1, 2]])
-    assert isinstance(pool, Notebook) and pool.recall("") == {}
+    assert isinstance(pool, NoteStore) and pool.recall("") == {}
     pool.remember({"a/1": b"x", "a/2": b"y", "b/1": b"z"})
     pool.remember({"a/2": b""})
     assert pool.recall("a/") == {"a/1": b"x", "a/2": b""} and pool.recall("c") == {}
@@ -199,7 +199,7 @@ def test_notes_are_kept_by_name(fill: Fill) -> None:
 def test_notes_may_point_to_runs(fill: Fill) -> None:
     runs = [[5, 6, 7], [5, 6], [2**32 - 1, 2**31], [7] * 3000]
     pool = fill([*runs, [5, 6]])
-    assert isinstance(pool, AnswerBook)
+    assert isinstance(pool, AnswerIndex)
     for prefix in ("x/", ANSWERS):
         assert pool.noted_run(prefix + "0") == ()
         notes = {f"{prefix}{number}": run_key(run) for number, run in enumerate([*runs, [6, 7]])}

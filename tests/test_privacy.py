@@ -20,7 +20,7 @@ from ouroboros_llm.phrase_pool import opening as sources
 from ouroboros_llm.phrase_pool.base import KEPT_ANSWERS, run_key
 from ouroboros_llm.phrase_pool.memory import MemoryPool, MemorySource
 from ouroboros_llm.sessions.prefix_cache import KV_BYTES
-from ouroboros_llm.sessions.session import Sessions
+from ouroboros_llm.sessions.session import SessionStore
 from ouroboros_storage import PhraseStore, StoredNote, StoredRun, buffer, pools
 from ouroboros_storage.cli import pool
 
@@ -73,7 +73,7 @@ def test_of_prompts_hashes_are_kept() -> None:
     prompt, answer = PROMPT * 2, [5, 6, 7]
     pool = MemoryPool()
     pool.add(answer)
-    answers.note_answer(pool, "model", prompt, answer)
+    answers.index_answer(pool, "model", prompt, answer)
     parts = {"whole": prompt, "ending": prompt[-answers._ENDING :]}
     names = {f"answers/model/{kind}/{run_key(part).hex()}" for kind, part in parts.items()}
     assert pool.recall("") == dict.fromkeys(names, run_key(answer))
@@ -101,7 +101,7 @@ def test_the_figures_are_those_of_the_code() -> None:
         f"{defaults['quota'].default:,} (`quota`)",
         f"up to {pools._KEPT} of them",
         f"up to {inspect.signature(buffer.Buffer).parameters['capacity'].default >> 20} MiB",
-        f"of up to {inspect.signature(Sessions).parameters['capacity'].default} scopes, up to {KV_BYTES >> 30} GiB",
+        f"of up to {inspect.signature(SessionStore).parameters['capacity'].default} scopes, up to {KV_BYTES >> 30} GiB",
         f"in pools of {scopes['capacity'].default:,} tokens, of the last {scopes['scopes'].default} scopes",
     ):
         assert figure in PAGE, figure

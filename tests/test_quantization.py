@@ -17,7 +17,7 @@ from ouroboros_llm.defaults import shared
 from ouroboros_llm.models import loading as models
 from ouroboros_llm.target_model.prepared import fingerprint, prepare
 from ouroboros_llm.target_model.quantization import QUANTIZATIONS, Quantization, QuantizedLinear, quantize, whole
-from ouroboros_llm.target_model.static.shared_weights import twin_of
+from ouroboros_llm.target_model.static.shared_weights import clone_sharing_weights
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -160,7 +160,11 @@ def test_the_twin_shares_quantized_weights() -> None:
     model = quantized("llama", "int4")
     twin = prepare(model, "static").way.static.model
     assert {id(weight) for weight in twin.parameters()} == {id(weight) for weight in model.parameters()}
-    assert {weight.dtype for weight in twin_of(model).parameters()} == {torch.float32, torch.uint8, torch.int8}
+    assert {weight.dtype for weight in clone_sharing_weights(model).parameters()} == {
+        torch.float32,
+        torch.uint8,
+        torch.int8,
+    }
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_mixed"])

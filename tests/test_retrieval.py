@@ -15,7 +15,7 @@ from ouroboros_llm import OptionError, StoreError
 from ouroboros_llm.decoding.decoder import Decoder
 from ouroboros_llm.decoding.sampling import Sampler
 from ouroboros_llm.drafting.phrases import PhraseSource
-from ouroboros_llm.drafting.tree_drafter import Blend
+from ouroboros_llm.drafting.tree_drafter import TreeDrafter
 from ouroboros_llm.phrase_pool.base import PhrasePool
 from ouroboros_llm.phrase_pool.documents import documents_pool, paragraphs, read_documents
 from ouroboros_llm.target_model.prepared import prepare
@@ -151,7 +151,9 @@ def test_quoting_models_are_faster_and_say_the_same() -> None:
     # A random model says bytes that are no text, so its words go in as they are.
     pool = pool_of(*TEXTS, text)
     pool._pool.add(wanted)
-    decoder = Decoder(prepare(tiny_model()).start(), Blend([PhraseSource("retrieval", pool, after="prompt")]), width=32)
+    decoder = Decoder(
+        prepare(tiny_model()).start(), TreeDrafter([PhraseSource("retrieval", pool, after="prompt")]), width=32
+    )
     rounds = list(decoder.rounds(prompt_ids, Sampler(), limit=40, end_token_ids={2}))
     assert [token_id for round in rounds for token_id in round.token_ids] == wanted
     assert {origin for round in rounds for origin in round.origins} >= {"retrieval"} and len(rounds) < 20

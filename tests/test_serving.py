@@ -33,7 +33,7 @@ from ouroboros_llm import (
 )
 from ouroboros_llm.phrase_pool.memory import MemorySource
 from ouroboros_llm.sessions.device_memory import free_bytes, needed_bytes
-from ouroboros_llm.target_model.batching import Packer
+from ouroboros_llm.target_model.batching import Batcher
 from ouroboros_llm.target_model.eager import EagerTarget
 from ouroboros_llm.target_model.failures import out_of_memory
 from ouroboros_llm.target_model.kv_cache import SlotLayer
@@ -180,7 +180,7 @@ def test_a_short_answer_behind_a_long_one_comes_first(tiny_ouroboros: Ouroboros)
 
 def test_a_long_prompt_does_not_hold_up_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ouroboros_llm.sessions.prefix_cache.PREFILL_CHUNK", 16)
-    monkeypatch.setattr(Packer, "make", lambda _, wanted: {wanted[0]: None})  # each pass by itself, to be counted
+    monkeypatch.setattr(Batcher, "make", lambda _, wanted: {wanted[0]: None})  # each pass by itself, to be counted
     widths: list[int] = []
     forward = EagerTarget._forward
 
@@ -555,18 +555,18 @@ def test_out_of_memory_fails_one_request_in_the_end(tiny_ouroboros: Ouroboros, m
 
 
 def test_states_that_cannot_be_rewound_are_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ouroboros_llm.target_model.recurrent import StepwiseTarget
+    from ouroboros_llm.target_model.recurrent import RecurrentTarget
 
     with Ouroboros(tiny_model("mamba_plain"), byte_tokenizer()) as ouroboros:
-        forward, calls = StepwiseTarget._forward, []
+        forward, calls = RecurrentTarget._forward, []
 
-        def failing(self: StepwiseTarget, token_ids: Any) -> torch.Tensor:
+        def failing(self: RecurrentTarget, token_ids: Any) -> torch.Tensor:
             calls.append(len(token_ids))
             if len(calls) == 4:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return forward(self, token_ids)
 
-        monkeypatch.setattr(StepwiseTarget, "_forward", failing)
+        monkeypatch.setattr(RecurrentTarget, "_forward", failing)
         result = ouroboros.generate("abc", options=DecodingOptions(max_new_tokens=10))
         assert list(result.token_ids) == plain(ouroboros.model, ouroboros.encode("abc"), 10)
         assert calls == [3, 1, 1, 1, 6, *[1] * 6]

@@ -33,8 +33,8 @@ from ouroboros_llm import (
     kv_usage,
     limit_kv_bytes,
 )
-from ouroboros_llm.sessions.prefix_cache import MEMORY, Workspace, WorkspaceMemory
-from ouroboros_llm.sessions.session import Sessions
+from ouroboros_llm.sessions.prefix_cache import MEMORY, CachedSequence, PrefixCache
+from ouroboros_llm.sessions.session import SessionStore
 from ouroboros_llm.target_model.eager import EagerTarget
 from ouroboros_llm.target_model.prepared import prepare
 from ouroboros_storage import PhraseStore
@@ -58,9 +58,9 @@ def make(architecture: str = "llama", **arguments: Any) -> Ouroboros:
     return Ouroboros(tiny_model(name), byte_tokenizer(), target=target or "eager", **arguments)
 
 
-def bounded(limit: int, **arguments: Any) -> tuple[Ouroboros, WorkspaceMemory]:
-    ouroboros, memory = make(**arguments), WorkspaceMemory(limit)
-    ouroboros._sessions.sessions = Sessions(memory=memory)
+def bounded(limit: int, **arguments: Any) -> tuple[Ouroboros, PrefixCache]:
+    ouroboros, memory = make(**arguments), PrefixCache(limit)
+    ouroboros._sessions.sessions = SessionStore(memory=memory)
     return ouroboros, memory
 
 
@@ -422,10 +422,10 @@ def test_limits_are_numbers(limit: Any) -> None:
 
 def test_the_environment_sets_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUROBOROS_KV_BYTES", "12345")
-    assert WorkspaceMemory().limit == 12345
+    assert PrefixCache().limit == 12345
     monkeypatch.setenv("OUROBOROS_KV_BYTES", "a lot")
     with pytest.raises(OptionError, match=r"\$OUROBOROS_KV_BYTES must be .*'a lot'"):
-        Sessions(memory=WorkspaceMemory())
+        SessionStore(memory=PrefixCache())
 
 
 def test_room_is_made_on_demand(tiny_ouroboros: Ouroboros) -> None:
@@ -531,7 +531,7 @@ def test_a_kept_prefix_stays_whatever_the_others_need() -> None:
 
 def test_scopes_that_keep_a_prefix_are_not_forgotten_for_others() -> None:
     with make() as ouroboros:
-        ouroboros._sessions.sessions = Sessions(capacity=2)
+        ouroboros._sessions.sessions = SessionStore(capacity=2)
         ouroboros.keep_prefix(SYSTEM, scope="a")
         ouroboros.keep_prefix(SYSTEM, scope="b")
         for scope in "cde":
@@ -678,7 +678,7 @@ def test_half_precision_is_restored_bit_by_bit(tmp_path: Path) -> None:
         make().load_session("c", tmp_path / "file")
 
 
-def loaded_equal(saved: Workspace, loaded: Workspace) -> bool:
+def loaded_equal(saved: CachedSequence, loaded: CachedSequence) -> bool:
     targets = [workspace.target for workspace in (saved, loaded)]
     assert all(isinstance(target, EagerTarget) for target in targets)
     left, right = (target.cache.unload(len(target.token_ids)) for target in targets)  # type: ignore[attr-defined]

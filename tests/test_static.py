@@ -20,13 +20,13 @@ from ouroboros_llm.decoding.draft_tree import MAX_WIDTH, DraftTree, TreeBuilder
 from ouroboros_llm.decoding.target import Pass
 from ouroboros_llm.target_model.eager import EagerTarget
 from ouroboros_llm.target_model.kv_cache import SlotCache, roomy
-from ouroboros_llm.target_model.latency import WIDTHS, PassTimes, padded
+from ouroboros_llm.target_model.latency import WIDTHS, LatencyModel, padded
 from ouroboros_llm.target_model.prepared import PreparedModel, measure, prepare
-from ouroboros_llm.target_model.static.attention_backend import Attending
+from ouroboros_llm.target_model.static.attention_backend import AttentionBackend
 from ouroboros_llm.target_model.static.forward import StaticForward
-from ouroboros_llm.target_model.static.lm_head import Float32Head, put_float32_head
-from ouroboros_llm.target_model.static.shared_weights import twin_of
-from ouroboros_llm.target_model.static.tree_attention import Nodes, attend
+from ouroboros_llm.target_model.static.lm_head import Float32LMHead, replace_lm_head
+from ouroboros_llm.target_model.static.shared_weights import clone_sharing_weights
+from ouroboros_llm.target_model.static.tree_attention import DraftInputs, attend
 
 pytestmark = pytest.mark.clock
 
@@ -177,10 +177,10 @@ def test_capacities_are_few() -> None:
 
 def test_drafts_are_padded_and_cost_what_their_padding_costs() -> None:
     assert [padded(width) for width in (1, 2, 3, 5, 9, 17, 33, 64)] == [1, 2, 4, 8, 16, 32, 64, 64]
-    times = PassTimes("cpu float32", padded=True)
+    times = LatencyModel("cpu float32", padded=True)
     for width in range(1, MAX_WIDTH + 1):
         assert times.cost(width) == times.cost(padded(width))
-    assert [times.cost(width) for width in WIDTHS] == [PassTimes("cpu float32").cost(width) for width in WIDTHS]
+    assert [times.cost(width) for width in WIDTHS] == [LatencyModel("cpu float32").cost(width) for width in WIDTHS]
     for _ in range(50):
         times.add(1, 0.1)
         times.add(5, 0.5)
@@ -203,7 +203,7 @@ def test_nodes_see_the_text_and_their_ancestors(window: int | None) -> None:
         return (key <= query) & (query - key < (window or 10**6))
 
     tree, length, slots = wide_tree(), 20, 128
-    nodes = Nodes(MAX_WIDTH, CPU)
+    nodes = DraftInputs(MAX_WIDTH, CPU)
     nodes.fill(tree, length, 1000)
     seen = nodes.seen(sees, slots)[0, 0]
     for node in range(tree.width):
@@ -216,7 +216,7 @@ def test_nodes_see_the_text_and_their_ancestors(window: int | None) -> None:
 
 
 def test_padding_sees_itself_alone_so_that_no_number_is_missing() -> None:
-    nodes = Nodes(8, CPU)
+    nodes = DraftInputs(8, CPU)
     nodes.fill(TREE, 20, 1000)
     seen = nodes.seen(lambda b, h, query, key: key <= query, 64)[0, 0, TREE.width :]
     assert seen[:, 20:].sum(-1).tolist() == [1, 1]
@@ -248,16 +248,16 @@ def test_whoever_calls_the_model_during_a_pass_gets_what_it_always_said(monkeypa
     with torch.no_grad():
         alone = model(ids).logits
     during = []
-    attend_as_told = Attending.attend
+    attend_as_told = AttentionBackend.attend
 
-    def meanwhile(self: Attending, *args: Any, **kwargs: Any) -> Any:
+    def meanwhile(self: AttentionBackend, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             during.append(model(ids).logits)
         return attend_as_told(self, *args, **kwargs)
 
     with Ouroboros(model, byte_tokenizer(), target="static") as ouroboros:
         ouroboros.generate(TEXT, options=OPTIONS)
-        monkeypatch.setattr(Attending, "attend", meanwhile)
+        monkeypatch.setattr(AttentionBackend, "attend", meanwhile)
         attending = static_of(ouroboros._prepared)._attending
         # What is registered is bound already.
         AttentionInterface.register(attending.name, lambda *args, **kwargs: meanwhile(attending, *args, **kwargs))
@@ -281,7 +281,7 @@ def test_the_wrapped_model_is_as_it_was() -> None:
 
 def test_weights_that_are_changed_in_place_are_changed_for_both() -> None:
     model = own_model()
-    twin = twin_of(model)
+    twin = clone_sharing_weights(model)
     assert {id(parameter) for parameter in twin.parameters()} == {id(parameter) for parameter in model.parameters()}
     assert not {id(module) for module in twin.modules()} & {id(module) for module in model.modules()}
     with Ouroboros(model, byte_tokenizer(), target="static") as ouroboros:
@@ -305,7 +305,7 @@ def test_modules_that_were_put_in_others_places_are_seen_by_who_wraps_the_model_
 
 def test_parts_of_a_twin_s_configuration_are_its_own() -> None:
     model = own_model()
-    twin = twin_of(model)
+    twin = clone_sharing_weights(model)
     configs = {id(module.config) for module in twin.modules() if hasattr(module, "config")}
     assert configs == {id(twin.config)} and twin.config is not model.config
 
@@ -458,7 +458,7 @@ def head_and_states(bias: bool) -> tuple[torch.nn.Linear, torch.Tensor]:
 def test_the_likeliest_logits_are_computed_in_single_precision(bias: bool) -> None:
     head, states = head_and_states(bias)
     exact = states.float() @ head.weight.float().T + (head.bias.float() if bias else 0)
-    logits = Float32Head(head)(states)
+    logits = Float32LMHead(head)(states)
     assert logits.dtype == torch.float32
     found, wanted = logits.topk(4), exact.topk(4)
     assert torch.equal(found.indices, wanted.indices)
@@ -471,7 +471,7 @@ def test_no_rounded_logit_overtakes_an_exact_one() -> None:
     head, states = head_and_states(False)
     with torch.no_grad():
         head.weight[100:] = head.weight[100] * (1 + torch.linspace(0, 2**-9, 400)[:, None])
-    logits = Float32Head(head)(states)
+    logits = Float32LMHead(head)(states)
     computed = head(states).float().topk(8).indices
     best = logits.argmax(-1, keepdim=True)
     assert bool((logits.gather(-1, best) <= logits.gather(-1, computed).amax(-1, keepdim=True)).all())
@@ -479,13 +479,13 @@ def test_no_rounded_logit_overtakes_an_exact_one() -> None:
 
 def test_a_head_in_single_precision_shares_its_weights() -> None:
     model = own_model().bfloat16()
-    twin = twin_of(model)
-    assert put_float32_head(twin)
+    twin = clone_sharing_weights(model)
+    assert replace_lm_head(twin)
     head = twin.get_output_embeddings()
-    assert isinstance(head, Float32Head) and head.weight is model.get_output_embeddings().weight
+    assert isinstance(head, Float32LMHead) and head.weight is model.get_output_embeddings().weight
     assert type(model.get_output_embeddings()) is torch.nn.Linear
     assert twin(torch.tensor([TEXT])).logits.dtype == torch.float32
-    assert not put_float32_head(twin_of(own_model()))
+    assert not replace_lm_head(clone_sharing_weights(own_model()))
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gpt_neox", "phi", "gemma2_softcap"])

@@ -15,12 +15,12 @@ from conftest import byte_tokenizer, own_model, plain
 from test_graphed import TREE, ByAddress, Repeating
 
 from ouroboros_llm import DecodingOptions, Ouroboros
-from ouroboros_llm.decoding.target import Greedy, Walked
+from ouroboros_llm.decoding.target import DeviceAcceptance, GreedyAcceptance
 from ouroboros_llm.target_model import measurements, prepared
 from ouroboros_llm.target_model.eager import EagerTarget
 from ouroboros_llm.target_model.prepared import measure, prepare
 from ouroboros_llm.target_model.static.forward import StaticForward
-from ouroboros_llm.target_model.static.in_place import InPlace
+from ouroboros_llm.target_model.static.in_place import PointerAttention
 
 PROMPT = [5 + number * 7 % 90 for number in range(40)]
 OTHER = [7, 8] * 9
@@ -159,7 +159,7 @@ def test_concurrent_requests_and_draft_models_are_answered_too(
 @pytest.mark.parametrize("greedy", [False, True], ids=["verify", "walk"])
 def test_a_pass_that_fails_while_it_is_recorded_is_taken_back(greedy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = own_model()
-    static = StaticForward(model, InPlace(ByAddress), Repeating())
+    static = StaticForward(model, PointerAttention(ByAddress), Repeating())
     told: list[Exception] = []
     static.on_failure = told.append
     target, oracle = (EagerTarget(model, "tree", static=one) for one in (static, None))
@@ -167,7 +167,7 @@ def test_a_pass_that_fails_while_it_is_recorded_is_taken_back(greedy: bool, monk
         one.prefill(PROMPT)
         one.keep((0,))
     Failing(monkeypatch, lambda count: CompilationError() if count == 3 else None)
-    found = target.walk(TREE, Greedy(9)) if greedy else target.verify(TREE)
+    found = target.walk(TREE, GreedyAcceptance(9)) if greedy else target.verify(TREE)
     assert torch.equal(found, oracle.verify(TREE))  # type: ignore[arg-type]
     assert len(told) == 1 and target.static is None
     for one in (target, oracle):
@@ -175,11 +175,11 @@ def test_a_pass_that_fails_while_it_is_recorded_is_taken_back(greedy: bool, monk
     assert torch.equal(target.verify(TREE), oracle.verify(TREE))
 
 
-def wrong_path(walked: Walked) -> Walked:
+def wrong_path(walked: DeviceAcceptance) -> DeviceAcceptance:
     return walked._replace(path=(0, 1))
 
 
-def no_numbers(walked: Walked) -> Walked:
+def no_numbers(walked: DeviceAcceptance) -> DeviceAcceptance:
     ranked = tuple(tuple((token_id, float("nan")) for token_id, _ in row) for row in walked.successors)
     return walked._replace(successors=ranked, likeliest=[3] * len(walked.likeliest))
 
@@ -187,7 +187,7 @@ def no_numbers(walked: Walked) -> Walked:
 @pytest.mark.parametrize("wrong", [wrong_path, no_numbers])
 def test_a_walk_that_is_plainly_wrong_is_taken_back(
     wrapped: Ouroboros,
-    wrong: Callable[[Walked], Walked],
+    wrong: Callable[[DeviceAcceptance], DeviceAcceptance],
     monkeypatch: pytest.MonkeyPatch,
     warned: Callable[[], list[str]],
 ) -> None:

@@ -13,7 +13,7 @@ from ouroboros_llm import ModelError
 from ouroboros_llm.decoding.draft_tree import DraftTree
 from ouroboros_llm.decoding.target import TargetModel
 from ouroboros_llm.target_model.eager import EagerTarget
-from ouroboros_llm.target_model.latency import WIDTHS, PassTimes
+from ouroboros_llm.target_model.latency import WIDTHS, LatencyModel
 from ouroboros_llm.target_model.prepared import Kind, PreparedModel, locked, prepare
 from ouroboros_llm.target_model.scripted import ScriptedTarget
 
@@ -179,7 +179,7 @@ def test_models_that_generate_nothing_are_refused() -> None:
 
 
 def test_costs_come_from_passes_and_a_prior() -> None:
-    times = PassTimes("cpu")
+    times = LatencyModel("cpu")
     assert times.one is None
     assert [round(times.cost(width), 2) for width in WIDTHS] == [1.0, 1.0, 1.01, 1.07, 1.38, 2.0, 2.95]
     for _ in range(50):
@@ -193,7 +193,7 @@ def test_costs_come_from_passes_and_a_prior() -> None:
 
 
 def test_a_slow_stretch_does_not_make_wide_passes_look_dear() -> None:
-    times = PassTimes("cpu")
+    times = LatencyModel("cpu")
     for seconds in (0.1, 0.5):
         for _ in range(30):
             times.add(16, 1.38 * seconds)
@@ -202,7 +202,7 @@ def test_a_slow_stretch_does_not_make_wide_passes_look_dear() -> None:
 
 
 def test_one_token_passes_are_deduced_where_none_was_seen() -> None:
-    times = PassTimes("cpu float32")
+    times = LatencyModel("cpu float32")
     times.add(32, 0.23)
     assert times.one == pytest.approx(0.1)
     assert times.cost(32) == pytest.approx(2.3)
@@ -210,8 +210,10 @@ def test_one_token_passes_are_deduced_where_none_was_seen() -> None:
 
 def test_narrow_passes_are_measured_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """All widths are compared with a pass over one token, which a decoder that drafts well seldom runs."""
-    widths, add = set[int](), PassTimes.add
-    monkeypatch.setattr(PassTimes, "add", lambda times, width, seconds: (widths.add(width), add(times, width, seconds)))
+    widths, add = set[int](), LatencyModel.add
+    monkeypatch.setattr(
+        LatencyModel, "add", lambda times, width, seconds: (widths.add(width), add(times, width, seconds))
+    )
     assert prepare(tiny_model("qwen3", seed=9)).pass_times.one is not None
     assert {1, 2} <= widths
 

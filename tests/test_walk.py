@@ -18,15 +18,15 @@ from ouroboros_llm.decoding.decoder import Decoder, likeliest_tokens
 from ouroboros_llm.decoding.draft_tree import MAX_WIDTH, DraftTree
 from ouroboros_llm.decoding.drafter import Round
 from ouroboros_llm.decoding.sampling import Sampler
-from ouroboros_llm.decoding.target import Greedy, Pass, Walked
+from ouroboros_llm.decoding.target import DeviceAcceptance, GreedyAcceptance, Pass
 from ouroboros_llm.decoding.verification import accept
 from ouroboros_llm.target_model.eager import EagerTarget
 from ouroboros_llm.target_model.latency import padded
 from ouroboros_llm.target_model.prepared import prepare
 from ouroboros_llm.target_model.static import device_accept as walk
 from ouroboros_llm.target_model.static.forward import StaticForward
-from ouroboros_llm.target_model.static.in_place import InPlace
-from ouroboros_llm.target_model.static.tree_attention import Nodes
+from ouroboros_llm.target_model.static.in_place import PointerAttention
+from ouroboros_llm.target_model.static.tree_attention import DraftInputs
 
 CPU = torch.device("cpu")
 VOCABULARY = 5
@@ -44,9 +44,11 @@ def trees(draw: st.DrawFn) -> DraftTree:
     return DraftTree(token_ids, parents, (1.0,) * width, ("",) * width, (None,) * width)
 
 
-def walked(tree: DraftTree, logits: torch.Tensor, greedy: Greedy, length: int = 7) -> tuple[Walked, list[int]]:
+def walked(
+    tree: DraftTree, logits: torch.Tensor, greedy: GreedyAcceptance, length: int = 7
+) -> tuple[DeviceAcceptance, list[int]]:
     """The walk, and the order of the nodes behind the text."""
-    nodes = Nodes(padded(tree.width), CPU)
+    nodes = DraftInputs(padded(tree.width), CPU)
     nodes.fill(tree, length, VOCABULARY, guesses=greedy.guesses(tree))
     logits = torch.cat([logits, torch.ones(nodes.width - tree.width, logits.shape[1])])
     likeliest = logits.argmax(-1)
@@ -72,7 +74,7 @@ def test_the_walk_is_that_of_accept(
     logits = torch.randint(levels, (tree.width, VOCABULARY), generator=random).float()
     likeliest, wanted = likeliest_tokens(logits, successors)
     told = accept(tree, lambda node, _: likeliest[node], limit=limit, end_token_ids=ends)
-    found, order = walked(tree, logits, Greedy(limit, ends, successors))
+    found, order = walked(tree, logits, GreedyAcceptance(limit, ends, successors))
     assert found.path == told.path
     assert found.likeliest == likeliest
     # Which of equal logits come first among the few is left open; their chances are not.
@@ -86,10 +88,10 @@ def test_right_guesses_are_followed_to_the_end_of_the_widest_draft() -> None:
     """Guards the test above: its paths are short. The sign of a 64-bit number is a node too."""
     chain = DraftTree.chain([number % VOCABULARY for number in range(MAX_WIDTH)])
     logits = torch.nn.functional.one_hot(torch.tensor([(number + 1) % VOCABULARY for number in range(MAX_WIDTH)]))
-    found, order = walked(chain, logits.float(), Greedy(100))
+    found, order = walked(chain, logits.float(), GreedyAcceptance(100))
     assert found.path == tuple(order) == tuple(range(MAX_WIDTH))
-    assert walked(chain, logits.float(), Greedy(9))[0].path == tuple(range(9))
-    assert walked(chain, logits.float(), Greedy(100, {4}))[0].path == (0, 1, 2, 3)
+    assert walked(chain, logits.float(), GreedyAcceptance(9))[0].path == tuple(range(9))
+    assert walked(chain, logits.float(), GreedyAcceptance(100, {4}))[0].path == (0, 1, 2, 3)
 
 
 # Targets.
@@ -111,13 +113,13 @@ def guided(model: Any, text: list[int], count: int = 5) -> DraftTree:
 @pytest.mark.parametrize("architecture", STATIC)
 def test_keys_and_values_of_the_path_are_moved_in_the_pass(architecture: str, recorded: bool) -> None:
     model = tiny_model(architecture)
-    static = StaticForward(model, InPlace(ByAddress), Repeating()) if recorded else StaticForward(model)
+    static = StaticForward(model, PointerAttention(ByAddress), Repeating()) if recorded else StaticForward(model)
     target = read(EagerTarget(model, "tree", static=static), TEXT)
     for _ in range(2):
         text = list(target.token_ids)
         tree = guided(model, text)
-        found = target.walk(tree, Greedy(5, successors=8))
-        assert isinstance(found, Walked) and found.path == (0, 2, 4, 6, 8)
+        found = target.walk(tree, GreedyAcceptance(5, successors=8))
+        assert isinstance(found, DeviceAcceptance) and found.path == (0, 2, 4, 6, 8)
         target.keep(found.path)
         oracle = read(EagerTarget(model, "tree"), list(target.token_ids))
         assert target.token_ids == [*text, *(tree.token_ids[node] for node in found.path)]
@@ -128,12 +130,12 @@ def test_keys_and_values_of_the_path_are_moved_in_the_pass(architecture: str, re
 def test_only_the_path_of_a_walk_can_be_kept() -> None:
     target = read(prepare(tiny_model(), "static").start(), TEXT)  # type: ignore[arg-type]
     tree = guided(tiny_model(), TEXT)
-    assert target.walk(tree, Greedy(9)).path == (0, 2, 4, 6, 8, 10)  # type: ignore[union-attr]
+    assert target.walk(tree, GreedyAcceptance(9)).path == (0, 2, 4, 6, 8, 10)  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match=r"were accepted, but \(0, 1\) are to be kept"):
         target.keep((0, 1))
     target.keep((0, 2))
     assert target.token_ids == [*TEXT, 60, tree.token_ids[2]]
-    target.walk(tree, Greedy(9))
+    target.walk(tree, GreedyAcceptance(9))
     target.rewind(len(TEXT))
     target.verify(tree)
     target.keep((0, 1))
@@ -142,9 +144,11 @@ def test_only_the_path_of_a_walk_can_be_kept() -> None:
 
 def test_the_library_s_forward_gives_logits() -> None:
     target = read(prepare(tiny_model(), "eager").start(), TEXT)  # type: ignore[arg-type]
-    assert isinstance(Pass(target, TREE, greedy=Greedy(5)).make(), torch.Tensor)
+    assert isinstance(Pass(target, TREE, greedy=GreedyAcceptance(5)).make(), torch.Tensor)
     fresh = prepare(tiny_model(), "static").start()
-    assert isinstance(Pass(fresh, DraftTree.root(5), greedy=Greedy(5)).make(), torch.Tensor), "there are no buffers yet"
+    assert isinstance(Pass(fresh, DraftTree.root(5), greedy=GreedyAcceptance(5)).make(), torch.Tensor), (
+        "there are no buffers yet"
+    )
 
 
 @pytest.mark.parametrize(
@@ -171,7 +175,7 @@ def test_what_is_not_the_likeliest_token_is_chosen_from_logits(
             assert ouroboros.generate(prompt, scope="c", options=options).token_ids == told
             monkeypatch.undo()
             monkeypatch.setattr(EagerTarget, "walk", lambda *given: made.append(kept(*given)) or made[-1])
-    assert bool(made) is walks and all(isinstance(found, Walked) for found in made)
+    assert bool(made) is walks and all(isinstance(found, DeviceAcceptance) for found in made)
 
 
 # Waiting for the device.
@@ -227,10 +231,10 @@ def test_a_pass_with_its_walk_is_one_graph_that_never_waits(architecture: str) -
     assert static is not None
     with torch.inference_mode():
         target.cache.reserve(len(TEXT) + 8)  # type: ignore[attr-defined]
-        nodes = static.filled(8, TREE, len(TEXT), target.cache, Greedy(9).guesses(TREE))  # type: ignore[arg-type]
+        nodes = static.filled(8, TREE, len(TEXT), target.cache, GreedyAcceptance(9).guesses(TREE))  # type: ignore[arg-type]
         states = static.shown(nodes, target.cache)  # type: ignore[arg-type]
 
-        def walking(nodes: Nodes, states: Any) -> torch.Tensor:
+        def walking(nodes: DraftInputs, states: Any) -> torch.Tensor:
             return static.walked(nodes, states, static.step(nodes, states), 8, True)
 
         with NoSynchronization(), NoReading():
@@ -252,7 +256,7 @@ def test_nodes_are_moved_by_the_kernel_though_they_overlap() -> None:
     order = torch.tensor([0, 2, 5, 3, 4, 5, 6, 7], device=device)
     for place in (0, 2):
         wanted[place][:, :, 20:28] = buffers[place][:, :, 20 + order].clone()
-    nodes = Nodes(8, device, 2)
+    nodes = DraftInputs(8, device, 2)
     nodes.fill(TREE, 20, 1000, 80, [*(buffer.data_ptr() for buffer in buffers), 0])
     kernels.move_nodes(nodes.placed, order, torch.tensor([0, 2], device=device), buffers[0][0, 0, 0], 3)
     assert all(torch.equal(*pair) for pair in zip(buffers, wanted, strict=True))

@@ -18,7 +18,7 @@ import ouroboros_llm.serving.request
 import ouroboros_llm.serving.scheduler
 from ouroboros_llm import OuroborosError, QueueFullError, RequestTimeoutError
 from ouroboros_llm.serving.request import AHEAD, End, Request, Steps
-from ouroboros_llm.serving.scheduler import Worker, worker_of
+from ouroboros_llm.serving.scheduler import Scheduler, scheduler_for
 
 PATIENCE = 60
 """Seconds after which a test that would wait for ever fails; none takes this long."""
@@ -54,8 +54,8 @@ def log() -> Log:
 
 
 @pytest.fixture
-def worker() -> Iterator[Worker]:
-    worker = Worker()
+def worker() -> Iterator[Scheduler]:
+    worker = Scheduler()
     yield worker
     worker.retire()
     worker.join(PATIENCE)
@@ -76,7 +76,7 @@ def until(true: Callable[[], object]) -> None:
         time.sleep(0.001)
 
 
-def submitted_behind(worker: Worker, log: Log, *requests: Request[Any]) -> None:
+def submitted_behind(worker: Scheduler, log: Log, *requests: Request[Any]) -> None:
     """Hand all requests over before the first of them takes a step."""
     log.gate.clear()
     first = log.request("first", 1)
@@ -86,14 +86,14 @@ def submitted_behind(worker: Worker, log: Log, *requests: Request[Any]) -> None:
     list(arrivals(first))
 
 
-def test_requests_take_turns(worker: Worker, log: Log) -> None:
+def test_requests_take_turns(worker: Scheduler, log: Log) -> None:
     requests = [log.request(name, 5) for name in "abc"]
     submitted_behind(worker, log, *requests)
     assert [list(arrivals(request)) for request in requests] == [["a!"], ["b!"], ["c!"]]
     assert log.steps[1:] == list("abc") * 5
 
 
-def test_a_short_request_behind_a_long_one_ends_first(worker: Worker, log: Log) -> None:
+def test_a_short_request_behind_a_long_one_ends_first(worker: Scheduler, log: Log) -> None:
     long, short = log.request("long", 500), log.request("short", 20)
     submitted_behind(worker, log, long, short)
     list(arrivals(short))
@@ -104,7 +104,7 @@ def test_a_short_request_behind_a_long_one_ends_first(worker: Worker, log: Log) 
 
 
 def test_who_comes_first_is_served_first(log: Log) -> None:
-    worker = Worker(max_active=2)
+    worker = Scheduler(max_active=2)
     requests = [log.request(str(number), 3) for number in range(6)]
     submitted_behind(worker, log, *requests)
     for request in requests:
@@ -119,7 +119,7 @@ def test_who_comes_first_is_served_first(log: Log) -> None:
 
 
 def test_the_queue_is_bounded(log: Log) -> None:
-    worker = Worker(max_active=2, max_waiting=3)
+    worker = Scheduler(max_active=2, max_waiting=3)
     log.gate.clear()
     requests = [log.request(str(number), 1) for number in range(5)]
     for request in requests:
@@ -133,7 +133,7 @@ def test_the_queue_is_bounded(log: Log) -> None:
     assert list(arrivals(again)) == ["7!"]
 
 
-def test_what_one_request_raises_reaches_its_caller_alone(worker: Worker, log: Log) -> None:
+def test_what_one_request_raises_reaches_its_caller_alone(worker: Scheduler, log: Log) -> None:
     def fail() -> Steps[str]:
         yield "one"
         raise ZeroDivisionError("of this request")
@@ -149,7 +149,7 @@ def test_what_one_request_raises_reaches_its_caller_alone(worker: Worker, log: L
     assert list(arrivals(after)) == ["after!"]
 
 
-def test_a_reader_who_is_behind_costs_no_steps(worker: Worker, log: Log) -> None:
+def test_a_reader_who_is_behind_costs_no_steps(worker: Scheduler, log: Log) -> None:
     slow, other = log.request("slow", 30, silent=False), log.request("other", 100)
     submitted_behind(worker, log, slow, other)
     list(arrivals(other))
@@ -167,7 +167,7 @@ def test_a_reader_who_is_behind_costs_no_steps(worker: Worker, log: Log) -> None
 
 
 def test_paused_requests_leave_their_place_to_others(log: Log) -> None:
-    worker = Worker(max_active=1)
+    worker = Scheduler(max_active=1)
     paused = [log.request(str(number), 30, silent=False) for number in range(3)]
     submitted_behind(worker, log, *paused)
     worker.submit(other := log.request("other", 3))
@@ -179,7 +179,7 @@ def test_paused_requests_leave_their_place_to_others(log: Log) -> None:
         list(arrivals(request))
 
 
-def test_closing_ends_a_request_before_its_next_step(worker: Worker, log: Log) -> None:
+def test_closing_ends_a_request_before_its_next_step(worker: Scheduler, log: Log) -> None:
     log.gate.clear()
     closed, other = log.request("closed", 1000), log.request("other", 5)
     worker.submit(closed)
@@ -194,7 +194,7 @@ def test_closing_ends_a_request_before_its_next_step(worker: Worker, log: Log) -
 
 
 def test_closing_a_request_that_waits_takes_nothing_but_its_place(log: Log) -> None:
-    worker = Worker(max_active=1)
+    worker = Scheduler(max_active=1)
     log.gate.clear()
     running, waiting = log.request("running", 3), log.request("waiting", 3)
     worker.submit(running)
@@ -207,7 +207,7 @@ def test_closing_a_request_that_waits_takes_nothing_but_its_place(log: Log) -> N
     assert log.steps == ["running"] * 3
 
 
-def test_a_hurried_request_does_not_wait_for_its_reader(worker: Worker, log: Log) -> None:
+def test_a_hurried_request_does_not_wait_for_its_reader(worker: Scheduler, log: Log) -> None:
     request = log.request("hurried", 3 * AHEAD, silent=False)
     worker.submit(request)
     until(lambda: log.steps.count("hurried") == AHEAD)
@@ -217,7 +217,7 @@ def test_a_hurried_request_does_not_wait_for_its_reader(worker: Worker, log: Log
     assert list(arrivals(request))[-1] == "hurried!"
 
 
-def test_time_runs_out_between_steps(worker: Worker, log: Log) -> None:
+def test_time_runs_out_between_steps(worker: Scheduler, log: Log) -> None:
     late, other = log.request("late", 10**9, timeout=0.02), log.request("other", 5)
     submitted_behind(worker, log, late, other)
     with pytest.raises(RequestTimeoutError, match="timeout=0.02 seconds passed before the answer was complete"):
@@ -227,7 +227,7 @@ def test_time_runs_out_between_steps(worker: Worker, log: Log) -> None:
 
 
 def test_time_runs_while_a_request_waits(log: Log) -> None:
-    worker = Worker(max_active=1)
+    worker = Scheduler(max_active=1)
     busy, late = log.request("busy", 10**9), log.request("late", 1, timeout=0.02)
     submitted_behind(worker, log, busy, late)
     with pytest.raises(RequestTimeoutError, match="waited behind others"):
@@ -258,7 +258,7 @@ def test_time_stands_still_while_the_reader_is_behind(log: Log, monkeypatch: pyt
     assert request.late
 
 
-def test_what_remains_is_done_before_the_end_arrives_and_holds_nobody_up(worker: Worker, log: Log) -> None:
+def test_what_remains_is_done_before_the_end_arrives_and_holds_nobody_up(worker: Scheduler, log: Log) -> None:
     go_on, done = threading.Event(), []
 
     def after() -> None:
@@ -274,7 +274,7 @@ def test_what_remains_is_done_before_the_end_arrives_and_holds_nobody_up(worker:
     assert len(done) == 1
 
 
-def test_an_error_in_what_remains_reaches_the_caller(worker: Worker, log: Log) -> None:
+def test_an_error_in_what_remains_reaches_the_caller(worker: Scheduler, log: Log) -> None:
     request = log.request("r", 1, after=lambda: 1 / 0)  # type: ignore[arg-type,return-value]
     worker.submit(request)
     with pytest.raises(ZeroDivisionError):
@@ -282,7 +282,7 @@ def test_an_error_in_what_remains_reaches_the_caller(worker: Worker, log: Log) -
     assert not worker.requests
 
 
-def test_settling_waits_for_what_was_closed(worker: Worker, log: Log) -> None:
+def test_settling_waits_for_what_was_closed(worker: Scheduler, log: Log) -> None:
     done: list[str] = []
     request = log.request("closed", 10**9, after=lambda: done.append("after"))
     worker.submit(request)
@@ -293,7 +293,7 @@ def test_settling_waits_for_what_was_closed(worker: Worker, log: Log) -> None:
 
 
 def test_settling_takes_no_place() -> None:
-    worker, log = Worker(max_active=1), Log()
+    worker, log = Scheduler(max_active=1), Log()
     worker.submit(request := log.request("endless", 10**9))
     until(lambda: log.steps)
     settled = threading.Thread(target=worker.settle, daemon=True)
@@ -306,7 +306,7 @@ def test_settling_takes_no_place() -> None:
 
 
 def test_an_error_outside_of_steps_ends_all_and_the_next_starts_anew(
-    worker: Worker, log: Log, monkeypatch: pytest.MonkeyPatch
+    worker: Scheduler, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails() -> None:
         raise ZeroDivisionError("of the worker's own")
@@ -325,7 +325,7 @@ def test_an_error_outside_of_steps_ends_all_and_the_next_starts_anew(
     assert worker.run(log.request("c", 3).steps) == "c!"
 
 
-def test_running_waits_for_the_result_and_raises_what_was_raised(worker: Worker, log: Log) -> None:
+def test_running_waits_for_the_result_and_raises_what_was_raised(worker: Scheduler, log: Log) -> None:
     def fails() -> Steps[str]:
         yield None
         raise ZeroDivisionError("in a step")
@@ -338,7 +338,7 @@ def test_running_waits_for_the_result_and_raises_what_was_raised(worker: Worker,
     other.closed = True
 
 
-def test_a_step_must_not_wait_for_another_request(worker: Worker, log: Log) -> None:
+def test_a_step_must_not_wait_for_another_request(worker: Scheduler, log: Log) -> None:
     def steps() -> Steps[str]:
         worker.submit(log.request("inner", 1))
         yield None
@@ -351,7 +351,7 @@ def test_a_step_must_not_wait_for_another_request(worker: Worker, log: Log) -> N
 
 def test_the_thread_ends_when_nobody_comes_and_starts_again(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ouroboros_llm.serving.scheduler, "IDLE_SECONDS", 0.01)
-    worker = Worker()
+    worker = Scheduler()
     for name in "ab":
         worker.submit(request := log.request(name, 2))
         assert list(arrivals(request)) == [f"{name}!"]
@@ -363,8 +363,8 @@ def test_a_worker_keeps_neither_the_model_nor_what_ended(log: Log) -> None:
         pass
 
     model, held = Model(), Model()
-    worker = worker_of(model)
-    assert worker_of(model) is worker
+    worker = scheduler_for(model)
+    assert scheduler_for(model) is worker
 
     def steps(kept: object) -> Steps[str]:
         yield None
@@ -382,7 +382,7 @@ def test_a_worker_keeps_neither_the_model_nor_what_ended(log: Log) -> None:
     assert not thread.is_alive()
 
 
-def test_many_threads_at_once(worker: Worker) -> None:
+def test_many_threads_at_once(worker: Scheduler) -> None:
     def steps(number: int) -> Generator[int, None, int]:
         for step in range(number % 7):
             yield 1000 * number + step

@@ -10,7 +10,7 @@ from langchain_core.language_models.base import LangSmithParams
 from langchain_core.runnables import RunnableConfig
 from typing_extensions import override
 
-from ouroboros_llm import GenerationResult, OptionError, Ouroboros, Piece
+from ouroboros_llm import GenerationResult, OptionError, Ouroboros, StreamChunk
 from ouroboros_llm.defaults import shared
 from ouroboros_llm.scopes import corpus_of
 
@@ -83,11 +83,11 @@ class OuroborosModel(OuroborosFields):
         tools: Sequence[Mapping[str, Any]] | None = None,
         kept_tokens: Mapping[int, str] | None = None,
         form: Mapping[str, Any] | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Iterator[StreamChunk]:
         options = self._options(stop, form)
         shared = {"prefix_scopes": self._write_scopes} if self._write_scopes else {}
         with our_names():
-            stream: Iterator[Piece] = (ouroboros or self._loaded()).stream(
+            stream: Iterator[StreamChunk] = (ouroboros or self._loaded()).stream(
                 prompt,
                 scope=self.scope,
                 read_scopes=self.read_scopes,

@@ -13,7 +13,7 @@ from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call, tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 
-from ouroboros_llm import GenerationResult, Piece, Usage
+from ouroboros_llm import GenerationResult, StreamChunk, Usage
 from ouroboros_llm.chat import exchange as replies
 from ouroboros_llm.chat.reply_spec import Asked
 from ouroboros_llm.serving.stream import ashown, off_the_loop, shown
@@ -49,7 +49,7 @@ class Exchange:
                 if (message := self._message(piece)) is not None:
                     yield self._chunk(message, piece.result)
 
-    def _start(self) -> Iterator[Piece]:
+    def _start(self) -> Iterator[StreamChunk]:
         ouroboros, asking = self._model._loaded(), self._exchange
         asking.start(ouroboros)
         for agent in self._model._write_scopes or ():
@@ -63,7 +63,7 @@ class Exchange:
             form=asking.form,
         )
 
-    def _message(self, piece: Piece) -> AIMessageChunk | None:
+    def _message(self, piece: StreamChunk) -> AIMessageChunk | None:
         """What a piece adds to the message, the last one without usage and metadata; None if nothing yet.
 
         Raises:

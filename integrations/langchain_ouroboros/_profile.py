@@ -6,7 +6,7 @@ from typing import Any
 
 from langchain_core.language_models import ModelProfile
 
-from ouroboros_llm.chat.template_support import habits_of
+from ouroboros_llm.chat.template_support import detect_template_support
 from ouroboros_llm.models.loading import local_context_length
 
 
@@ -30,6 +30,6 @@ def profile_of(model: str, ouroboros: Any) -> ModelProfile:
         profile["max_input_tokens"] = length - 1
         profile["max_output_tokens"] = length - 1
     if ouroboros is not None:
-        sections = habits_of(ouroboros).format.sections
+        sections = detect_template_support(ouroboros).format.sections
         profile["reasoning_output"] = any(section.kind == "reasoning" for section in sections)
     return profile

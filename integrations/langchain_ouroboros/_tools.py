@@ -10,14 +10,14 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from pydantic import BaseModel
 
 from ouroboros_llm import OptionError
-from ouroboros_llm.chat.reply_spec import Asked, asked_of, distinct
+from ouroboros_llm.chat.reply_spec import Asked, distinct, parse_reply_spec
 
 AnyTool = Mapping[str, Any] | type | Callable[..., Any] | BaseTool
 
 
 def asked(settings: Mapping[str, Any]) -> Asked:
     """What the settings of a call say of its reply. Raises OptionError."""
-    return asked_of(settings, openai_tools(settings.get("tools") or ()), schema_of)
+    return parse_reply_spec(settings, openai_tools(settings.get("tools") or ()), schema_of)
 
 
 _SAYS_SOMETHING = {"type", "properties", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"}

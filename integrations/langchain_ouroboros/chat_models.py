@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from ouroboros_llm.chat.exchange import prompt_of, template_tools
 from ouroboros_llm.chat.reply_spec import REPLY_SETTINGS, Asked, choice_of
-from ouroboros_llm.chat.template_support import habits_of
+from ouroboros_llm.chat.template_support import detect_template_support
 from ouroboros_llm.serving.stream import place
 
 from ._base import OuroborosModel
@@ -347,6 +347,6 @@ class ChatOuroboros(OuroborosModel, BaseChatModel):
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Tokens of `messages` as a prompt, the chat template's own and those of `tools` included."""
         ouroboros, offered = self._loaded(), Asked(tools=openai_tools(tools or ()))
-        habits = habits_of(ouroboros)
+        habits = detect_template_support(ouroboros)
         prompt = prompt_of(partial(to_dicts, messages), offered, habits)
         return len(ouroboros.encode(prompt, tools=template_tools(offered, habits)))

@@ -18,7 +18,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_config_list
 from typing_extensions import override
 
-from ouroboros_llm import OptionError, Piece, Usage
+from ouroboros_llm import OptionError, StreamChunk, Usage
 from ouroboros_llm.serving.stream import ashown, off_the_loop, place, shown
 
 from ._at_once import at_once, join
@@ -271,7 +271,7 @@ class OuroborosLLM(OuroborosModel, BaseLLM):
         """Who hears of tokens while LangChain does not stream itself: the first prompt's run, the only one it names."""
         return [run_manager if self.streaming else None, *[None] * (number - 1)]
 
-    def _chunk(self, piece: Piece) -> GenerationChunk:
+    def _chunk(self, piece: StreamChunk) -> GenerationChunk:
         if piece.result is None:
             return GenerationChunk(text=piece.text)
         info = self._response_metadata(piece.result) | {"token_usage": _token_usage(piece.result.usage)}

@@ -17,9 +17,9 @@ from ..decoding.decoder import Cost, fit
 from ..decoding.draft_tree import MAX_WIDTH, DraftTree
 from ..decoding.drafter import Budget, Drafter, Round, Successors
 from ..decoding.verification import accept
-from ..drafting.cached_answer import answer_source, note_answer
-from ..drafting.learned_state import Memory, sources
-from ..drafting.tree_drafter import Blend
+from ..drafting.cached_answer import answer_source, index_answer
+from ..drafting.learned_state import LearnedState, sources
+from ..drafting.tree_drafter import TreeDrafter
 from ..phrase_pool.memory import MemoryPool
 from ..target_model.latency import PRIOR_COSTS, WIDTHS
 from .traces import Trace
@@ -74,16 +74,16 @@ class History:
 
     def __init__(self, drafters: Sequence[str] = REPLAYED) -> None:
         self._drafters = drafters
-        self.pool, self.memory = MemoryPool(), Memory()
+        self.pool, self.memory = MemoryPool(), LearnedState()
 
     def drafter(self, prompt_ids: Sequence[int]) -> Drafter:
         answer = answer_source([self.pool], _RECORDED, prompt_ids)
         found = sources(self._drafters, self.memory, answer=answer, write=self.pool)
-        return Blend(found, self.memory.calibration)
+        return TreeDrafter(found, self.memory.calibration)
 
     def remember(self, trace: Trace) -> None:
         self.pool.add(trace.token_ids)
-        note_answer(self.pool, _RECORDED, trace.prompt_ids, trace.token_ids)
+        index_answer(self.pool, _RECORDED, trace.prompt_ids, trace.token_ids)
 
 
 def replay(

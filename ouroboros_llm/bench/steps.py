@@ -13,7 +13,7 @@ from ..decoding.decoder import Decoder, likeliest_tokens
 from ..decoding.draft_tree import DraftTree, TreeBuilder
 from ..decoding.drafter import NoDrafts
 from ..decoding.sampling import Sampler
-from ..decoding.target import Greedy, Pass, Walked
+from ..decoding.target import DeviceAcceptance, GreedyAcceptance, Pass
 from ..decoding.verification import accept
 from ..drafting.token_recycling import KEPT
 from ..target_model.latency import WIDTHS
@@ -76,7 +76,7 @@ def _our_step(prepared: PreparedModel, text: list[int]) -> Callable[[int], objec
 def _our_round(prepared: PreparedModel, text: list[int], width: int) -> Callable[[], object]:
     """A greedy round without drafting: verify, choose and keep. Half of the nodes are accepted, each of them behind a
     wrong guess, so that keys and values are moved."""
-    target, greedy = prepared.start(), Greedy(width, successors=KEPT)
+    target, greedy = prepared.start(), GreedyAcceptance(width, successors=KEPT)
     target.prefill(text)
     target.keep((0,))
     draft = DraftTree.root(1)
@@ -87,10 +87,10 @@ def _our_round(prepared: PreparedModel, text: list[int], width: int) -> Callable
     def round_() -> object:
         target.rewind(len(text))
         found = Pass(target, draft, greedy=greedy).make()
-        if not isinstance(found, Walked):
+        if not isinstance(found, DeviceAcceptance):
             likeliest, successors = likeliest_tokens(found, KEPT)
             path = accept(draft, lambda node, _: likeliest[node], limit=width, end_token_ids=()).path
-            found = Walked(likeliest, successors, path)
+            found = DeviceAcceptance(likeliest, successors, path)
         target.keep(found.path)
         return found
 

@@ -9,13 +9,13 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import PromptError
-from ..results import Piece
+from ..results import StreamChunk
 from ..tool_parsers.deltas import Delta, Reply, reply_of
 from ..tool_parsers.reply_format import ReplyFormat
 from . import reply_grammar as forms
 from .prompt_fallbacks import with_calls_in_words, with_choice, with_schema, with_system_in_words, with_tools
 from .reply_spec import Asked
-from .template_support import ArgumentsForm, Habits, habits_of
+from .template_support import ArgumentsForm, TemplateSupport, detect_template_support
 
 _PROMPT_END = 256
 """Tokens at the end of a prompt in which a chat template may begin the reply."""
@@ -24,7 +24,7 @@ ToDicts = Callable[[ArgumentsForm | None], list[dict[str, Any]]]
 """Messages as `{"role", "content"}` dictionaries, given how the chat template wants the arguments of calls."""
 
 
-def prompt_of(to_dicts: ToDicts, asked: Asked, habits: Habits) -> list[dict[str, Any]]:
+def prompt_of(to_dicts: ToDicts, asked: Asked, habits: TemplateSupport) -> list[dict[str, Any]]:
     """The messages as the chat template gets them, with what it has no place for in words."""
     dicts = to_dicts(habits.form)
     if not dicts:
@@ -42,7 +42,7 @@ def prompt_of(to_dicts: ToDicts, asked: Asked, habits: Habits) -> list[dict[str,
     return dicts
 
 
-def template_tools(asked: Asked, habits: Habits) -> list[dict[str, Any]] | None:
+def template_tools(asked: Asked, habits: TemplateSupport) -> list[dict[str, Any]] | None:
     """The tools as the chat template gets them, if it takes any."""
     if not asked.tools or not habits.takes_tools:
         return None
@@ -83,7 +83,7 @@ class Exchange:
         self._reading: Any = None
 
     def start(self, ouroboros: Any) -> None:
-        asked, habits = self.asked, habits_of(ouroboros)
+        asked, habits = self.asked, detect_template_support(ouroboros)
         if self._written is not None:
             habits = replace(habits, form=None, takes_tools=False, takes_system=True)
         messages = prompt_of(self._to_dicts, asked, habits)
@@ -116,7 +116,7 @@ class Exchange:
         parallel = self.asked.parallel
         return forms.call_or_json_options(format, self.asked.tools, self.asked.schema, parallel=parallel, begun=begun)
 
-    def push(self, piece: Piece) -> list[Delta]:
+    def push(self, piece: StreamChunk) -> list[Delta]:
         """What a piece adds to the reply; with the last piece, the rest."""
         deltas: list[Delta] = self._reading.push(piece.text)
         if piece.result is not None:

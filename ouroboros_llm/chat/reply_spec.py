@@ -46,7 +46,7 @@ class Asked:
         return [tool["function"]["name"] for tool in self.forced]
 
 
-def asked_of(
+def parse_reply_spec(
     settings: Mapping[str, Any], tools: Sequence[dict[str, Any]], schema_of: Callable[[Any], Mapping[str, Any]]
 ) -> Asked:
     """What `REPLY_SETTINGS` say of a reply.

@@ -17,7 +17,7 @@ from ..tool_parsers.reply_format import ReplyFormat
 
 
 @dataclass(frozen=True)
-class Habits:
+class TemplateSupport:
     """What a model's chat template takes, and how its replies are read."""
 
     format: ReplyFormat = ReplyFormat()
@@ -32,19 +32,19 @@ class Habits:
         return self.format.response_template is not None or not kinds.isdisjoint({"reasoning", "header"})
 
 
-_habits: WeakKeyDictionary[Any, tuple[Any, Habits]] = WeakKeyDictionary()
+_habits: WeakKeyDictionary[Any, tuple[Any, TemplateSupport]] = WeakKeyDictionary()
 
 
-def habits_of(ouroboros: Any) -> Habits:
+def detect_template_support(ouroboros: Any) -> TemplateSupport:
     """The habits of a loaded model."""
     tokenizer = getattr(ouroboros, "tokenizer", None)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        return Habits()
+        return TemplateSupport()
     template = tokenizer.chat_template or ""
-    known, habits = _habits.get(tokenizer, (None, Habits()))
+    known, habits = _habits.get(tokenizer, (None, TemplateSupport()))
     if known != template:
         shown = arguments_form(tokenizer), takes_tools(tokenizer), takes_system(tokenizer)
-        habits = Habits(format_of(tokenizer), *shown)
+        habits = TemplateSupport(format_of(tokenizer), *shown)
         _habits[tokenizer] = template, habits
     return habits
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .draft_tree import MAX_WIDTH, DraftTree
 from .drafter import Budget, Drafter, Round, Successors
-from .target import Branching, Greedy, Pass, TargetModel, Walked, ask
+from .target import Branching, DeviceAcceptance, GreedyAcceptance, Pass, TargetModel, ask
 from .verification import Choose, Chooser, accept
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Decoder:
         before = PROMPT_POSITIONS if self._successors else 0
         wanted = Pass(self.target, draft, context, before)
         found = yield from ask(wanted)
-        assert not isinstance(found, Walked)  # it would know nothing of the text before the root
+        assert not isinstance(found, DeviceAcceptance)  # it would know nothing of the text before the root
         read, found = self._read(context, found[: -draft.width]), found[-draft.width :]
         while True:
             began = perf_counter()
@@ -82,15 +82,15 @@ class Decoder:
             # A choice that was left open is decided by a pass over its token alone.
             branching = self.target.branching if accepted.token_ids else "none"
             draft = self._draft(context, left, branching, end_token_ids, self.target.cost)
-            greedy = Greedy(left, end_token_ids, self._successors) if sampler.plain else None
+            greedy = GreedyAcceptance(left, end_token_ids, self._successors) if sampler.plain else None
             wanted = Pass(self.target, draft, greedy=greedy)
             found = yield from ask(wanted)
 
     def _choices(
-        self, found: torch.Tensor | Walked, sampler: Chooser, context: Sequence[int]
+        self, found: torch.Tensor | DeviceAcceptance, sampler: Chooser, context: Sequence[int]
     ) -> tuple[list[int], tuple[Successors, ...], Choose]:
         """Per node of a pass the likeliest token, the likeliest few, and the target's choices."""
-        if isinstance(found, Walked):
+        if isinstance(found, DeviceAcceptance):
             return found.likeliest, found.successors, lambda node, _: found.likeliest[node]
         likeliest, successors = likeliest_tokens(found, self._successors)
         return likeliest, successors, sampler.chooser(found, likeliest, context)

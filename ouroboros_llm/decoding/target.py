@@ -19,7 +19,7 @@ Branching = Literal["tree", "chain", "none"]
 
 
 @dataclass(frozen=True, slots=True)
-class Greedy:
+class GreedyAcceptance:
     """That the target's choice after every node is its likeliest token, and how far the walk may go."""
 
     limit: int
@@ -47,7 +47,7 @@ class Greedy:
         ]
 
 
-class Walked(NamedTuple):
+class DeviceAcceptance(NamedTuple):
     """What a walk found, per node of the draft, and its path, root first."""
 
     likeliest: list[int]
@@ -107,7 +107,7 @@ class TargetModel(Protocol):
 class WalkingTarget(TargetModel, Protocol):
     """A target that can find out by itself which nodes greedy decoding accepts."""
 
-    def walk(self, draft: DraftTree, greedy: Greedy) -> Walked | torch.Tensor:
+    def walk(self, draft: DraftTree, greedy: GreedyAcceptance) -> DeviceAcceptance | torch.Tensor:
         """As `verify`, and the walk down `draft` that `verification.accept` makes where the target's choices are its
         likeliest tokens; logits where that cannot be done in the pass. After a walk `keep` takes its path alone, or the
         beginning of it."""
@@ -142,7 +142,7 @@ class KeptTarget(TargetModel, Protocol):
         """Bytes of keys, values and other states, spare room included."""
 
 
-class Batcher(Protocol):
+class PassBatcher(Protocol):
     """Makes passes of several texts of one model in one forward pass."""
 
     def make(self, wanted: Sequence[Pass]) -> dict[Pass, torch.Tensor | None]:
@@ -161,22 +161,22 @@ class Pass:
     text: Sequence[int] | None = None
     before: int = 0
     """As for `prefill`."""
-    greedy: Greedy | None = None
+    greedy: GreedyAcceptance | None = None
     """Of a pass without a text whose choices are the target's likeliest tokens."""
     seconds: float = 0.0
     """What the pass took; on an accelerator, where it was made alone, until it was handed over."""
 
     @property
-    def packer(self) -> Batcher | None:
+    def packer(self) -> PassBatcher | None:
         """Makes it together with other passes of the same model; None where it can only be made alone."""
         # Not in the protocol: targets that know nothing of packing are made alone.
-        packer: Batcher | None = getattr(self.target, "packer", None)
+        packer: PassBatcher | None = getattr(self.target, "packer", None)
         return packer
 
-    def make(self) -> torch.Tensor | Walked:
+    def make(self) -> torch.Tensor | DeviceAcceptance:
         """Make it alone; what a walk found, where it is greedy and its target can do that, else logits."""
         walk, began = getattr(self.target, "walk", None), perf_counter()
-        found: torch.Tensor | Walked
+        found: torch.Tensor | DeviceAcceptance
         found = self.logits() if self.greedy is None or walk is None else walk(self.draft, self.greedy)
         self.seconds = perf_counter() - began
         return found
@@ -188,7 +188,7 @@ class Pass:
         return self.target.prefill(self.text, self.draft, self.before)
 
 
-def ask(wanted: Pass) -> Generator[Pass, torch.Tensor | None, torch.Tensor | Walked]:
+def ask(wanted: Pass) -> Generator[Pass, torch.Tensor | None, torch.Tensor | DeviceAcceptance]:
     """What comes of a pass that whoever is asked may make, together with others, and then sends the logits; who sends
     None has it made here."""
     logits = yield wanted

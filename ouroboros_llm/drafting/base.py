@@ -29,7 +29,7 @@ class Guesses(NamedTuple):
 
 
 class Source(Protocol):
-    """Guesses one token at a time, for `Blend` to grow a tree of. States belong to one draft and are opaque."""
+    """Guesses one token at a time, for `TreeDrafter` to grow a tree of. States belong to one draft and are opaque."""
 
     name: str
 
@@ -51,7 +51,7 @@ class Source(Protocol):
 
 @runtime_checkable
 class Rule(Source, Protocol):
-    """A source that knows what may come at all; `Blend` drafts nothing else."""
+    """A source that knows what may come at all; `TreeDrafter` drafts nothing else."""
 
     def forced(self, state: Any) -> int | None:
         """The only token that may come, if there is only one."""

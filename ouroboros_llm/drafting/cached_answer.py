@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..decoding.drafter import Round
-from ..phrase_pool.base import ANSWERS, AnswerBook, PhrasePool, run_key
+from ..phrase_pool.base import ANSWERS, AnswerIndex, PhrasePool, run_key
 from .base import Guess, Guesses
 
 NAME = "answers"
@@ -34,7 +34,7 @@ class KnownAnswer:
     token_ids: tuple[int, ...]
     whole: bool
     """Whether it was to this very prompt, and not only to one that ends in the same way."""
-    book: AnswerBook
+    book: AnswerIndex
     name: str
 
     @property
@@ -43,9 +43,9 @@ class KnownAnswer:
         return self.book.noted_run(self.name) == self.token_ids
 
 
-def known_answer(pools: Iterable[PhrasePool], model: str, prompt_ids: Sequence[int]) -> KnownAnswer | None:
+def lookup_answer(pools: Iterable[PhrasePool], model: str, prompt_ids: Sequence[int]) -> KnownAnswer | None:
     """What a model, by its fingerprint, answered to a prompt, as far as one of the pools knows, the first first."""
-    books = [pool for pool in pools if isinstance(pool, AnswerBook)]
+    books = [pool for pool in pools if isinstance(pool, AnswerIndex)]
     for number, name in enumerate(_names(model, prompt_ids)):
         for book in books:
             if token_ids := book.noted_run(name):
@@ -53,14 +53,14 @@ def known_answer(pools: Iterable[PhrasePool], model: str, prompt_ids: Sequence[i
     return None
 
 
-def note_answer(
+def index_answer(
     pool: PhrasePool, model: str, prompt_ids: Sequence[int], answer: Sequence[int], *, ending: bool = True
 ) -> None:
     """Let a pool that holds an answer know what prompt it was given to. Of the prompt it gets hashes.
 
     `ending`: of the prompt's end too, which is sooner guessed than all of it.
     """
-    if not isinstance(pool, AnswerBook) or len(answer) < 2:  # which no pool keeps
+    if not isinstance(pool, AnswerIndex) or len(answer) < 2:  # which no pool keeps
         return
     for name in _names(model, prompt_ids)[: 2 if ending else 1]:
         known = pool.noted_run(name)
@@ -77,7 +77,7 @@ def _names(model: str, prompt_ids: Sequence[int]) -> list[str]:
     return names
 
 
-class AnswerSource:
+class CachedAnswerSource:
     """Goes through a known answer as long as the text does; silent from the first token that differs."""
 
     name = NAME
@@ -119,7 +119,7 @@ class AnswerSource:
 
 def answer_source(
     pools: Iterable[PhrasePool], model: str, prompt_ids: Sequence[int], *, sampling: bool = False
-) -> AnswerSource | None:
-    """Guesses from the `known_answer`, if there is one."""
-    answer = known_answer(pools, model, prompt_ids)
-    return None if answer is None else AnswerSource(answer, sampling=sampling)
+) -> CachedAnswerSource | None:
+    """Guesses from the `lookup_answer`, if there is one."""
+    answer = lookup_answer(pools, model, prompt_ids)
+    return None if answer is None else CachedAnswerSource(answer, sampling=sampling)

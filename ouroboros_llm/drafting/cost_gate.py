@@ -9,7 +9,7 @@ from ..decoding.draft_tree import DraftTree
 from ..decoding.drafter import Budget, Drafter, Round
 
 
-class Worth:
+class CostTracker:
     """Moving averages of what a kind of draft takes beside a plain pass, and of what its rounds emit."""
 
     _TRIALS = 8
@@ -40,7 +40,7 @@ class Worth:
         self._tokens += (tokens - self._tokens) / min(max(self._rounds, 1), self._memory)
 
 
-class PayingDrafter:
+class CostGatedDrafter:
     """A `Drafter` that drafts only while its drafts, the time to make them included, pay for themselves.
 
     Budgets choose widths by what a pass takes; where passes are fast, the drafting itself counts too.
@@ -50,14 +50,14 @@ class PayingDrafter:
         self,
         inner: Drafter,
         pass_seconds: Callable[[], float | None],
-        worth: Worth | None = None,
+        worth: CostTracker | None = None,
         *,
         sure: Callable[[Sequence[int]], bool] | None = None,
     ) -> None:
         """`pass_seconds`: what a pass over one token takes; `worth`: what drafts have cost and brought so far; `sure`:
         whether it is known how this text goes on, of which other texts' drafts say nothing."""
         self._inner, self._pass_seconds = inner, pass_seconds
-        self._worth, self._sure = worth or Worth(memory=64, retry=8), sure
+        self._worth, self._sure = worth or CostTracker(memory=64, retry=8), sure
         self._judged = self._opened = False
 
     def open(self, context: Sequence[int]) -> None:

@@ -21,8 +21,8 @@ from ..target_model.eager import vocabulary_size
 from ..target_model.prepared import Kind, PreparedModel, prepare
 from .base import Guess, Guesses
 from .calibration import Calibration
-from .cost_gate import Worth
-from .tree_drafter import Blend
+from .cost_gate import CostTracker
+from .tree_drafter import TreeDrafter
 
 NAME = "draft_model"
 
@@ -108,14 +108,14 @@ class DraftModelDrafter:
     def __init__(
         self,
         model: DraftModel,
-        blend: Blend,
+        blend: TreeDrafter,
         *,
         pass_seconds: Callable[[], float | None] = lambda: None,
-        worth: Worth | None = None,
+        worth: CostTracker | None = None,
     ) -> None:
         """`blend`: has `model` among its sources; `pass_seconds`: what a pass of the target takes; `worth`: what
         drafting has cost and brought so far."""
-        self.model, self._blend, self._pass_seconds, self._worth = model, blend, pass_seconds, worth or Worth()
+        self.model, self._blend, self._pass_seconds, self._worth = model, blend, pass_seconds, worth or CostTracker()
         self._asked = False
 
     def open(self, context: Sequence[int]) -> None:

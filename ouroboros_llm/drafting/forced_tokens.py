@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..decoding.drafter import Round
-from ..grammar.state import Place
+from ..grammar.state import GrammarState
 from .base import Guess, Guesses
 
 NAME = "grammar"
@@ -20,26 +20,26 @@ class GrammarSource:
 
     name = NAME
 
-    def __init__(self, place: Callable[[Sequence[int]], Place]) -> None:
+    def __init__(self, place: Callable[[Sequence[int]], GrammarState]) -> None:
         """`place`: where a text stands in the grammar."""
         self._place = place
 
     def open(self, context: Sequence[int]) -> None:
         """The places belong to one text anyway."""
 
-    def start(self, context: Sequence[int]) -> Place:
+    def start(self, context: Sequence[int]) -> GrammarState:
         return self._place(context)
 
-    def follow(self, state: Place, token_id: int) -> Place | None:
+    def follow(self, state: GrammarState, token_id: int) -> GrammarState | None:
         return state.follow(token_id)
 
-    def forced(self, state: Place) -> int | None:
+    def forced(self, state: GrammarState) -> int | None:
         return state.forced
 
-    def allows(self, state: Place, token_id: int) -> bool:
+    def allows(self, state: GrammarState, token_id: int) -> bool:
         return state.allows(token_id)
 
-    def guesses(self, state: Place) -> Guesses | None:
+    def guesses(self, state: GrammarState) -> Guesses | None:
         return None if state.likely is None else Guesses({state.likely: _LIKELY}, _OTHERWISE)
 
     def learn(self, round: Round) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..phrase_pool.base import Notebook, PhrasePool
+from ..phrase_pool.base import NoteStore, PhrasePool
 from .base import Source
 from .calibration import Calibration
 from .phrases import PhraseSource, RunningText
@@ -14,23 +14,23 @@ from .token_recycling import Recycling, SuccessorTable
 
 
 @dataclass(eq=False)
-class Memory:
+class LearnedState:
     """What was learned of one model's choices in one scope, beside the phrases."""
 
     successors: SuccessorTable = field(default_factory=SuccessorTable)
     calibration: Calibration = field(default_factory=Calibration)
 
     @classmethod
-    def recall(cls, pool: PhrasePool, model: str, others: Sequence[PhrasePool] = ()) -> Memory:
+    def recall(cls, pool: PhrasePool, model: str, others: Sequence[PhrasePool] = ()) -> LearnedState:
         """What the pool keeps for a model, by its fingerprint; nothing where the pool keeps no notes.
 
         `others`: pools that are read behind it. A scope that has no calibration yet begins with theirs, the first
         there is: how far their phrases can be trusted was found out where they were said.
         """
         memory, name = cls(), f"{model}/calibration"
-        known = (one.recall(name).get(name) for one in (pool, *others) if isinstance(one, Notebook))
+        known = (one.recall(name).get(name) for one in (pool, *others) if isinstance(one, NoteStore))
         memory.calibration = next((Calibration.from_bytes(note) for note in known if note), memory.calibration)
-        if not isinstance(pool, Notebook):
+        if not isinstance(pool, NoteStore):
             return memory
         start = f"{model}/successors/"
         memory.successors.load({int(name[len(start) :]): note for name, note in pool.recall(start).items()})
@@ -43,17 +43,17 @@ class Memory:
         are of prompts as well, and they stay where they were seen.
         """
         calibration = {f"{model}/calibration": self.calibration.to_bytes()}
-        if isinstance(pool, Notebook):
+        if isinstance(pool, NoteStore):
             changed = self.successors.take_changed()
             pool.remember({f"{model}/successors/{token_id}": note for token_id, note in changed.items()} | calibration)
         for other in also:
-            if isinstance(other, Notebook):
+            if isinstance(other, NoteStore):
                 other.remember(calibration)
 
 
 def sources(
     drafters: Collection[str],
-    memory: Memory,
+    memory: LearnedState,
     *,
     text: Source | None = None,
     answer: Source | None = None,

@@ -32,7 +32,7 @@ class LookaheadDrafter:
     """
 
     def __init__(
-        self, inner: Drafter, pool: PhrasePool, *, window: int, length: int, worth: WindowWorth | None = None
+        self, inner: Drafter, pool: PhrasePool, *, window: int, length: int, worth: WindowCostTracker | None = None
     ) -> None:
         """`pool`: small, bounded, and nobody else's; `window`: columns; `length`: tokens of an n-gram; `worth`: what
         windows have cost and brought so far, in earlier texts too.
@@ -44,7 +44,7 @@ class LookaheadDrafter:
             raise OptionError(
                 f"window must be at least 1 and length at least 2, but got window={window}, length={length}"
             )
-        self._inner, self._pool, self._worth = inner, pool, worth or WindowWorth()
+        self._inner, self._pool, self._worth = inner, pool, worth or WindowCostTracker()
         self._window, self._rows = window, length - 1
         self._columns: list[tuple[int, ...]] = []
         self._fresh = 0
@@ -128,7 +128,7 @@ class LookaheadDrafter:
             self._columns = [*advanced[emitted - 1 :], *self._columns[behind:]]
 
 
-class WindowWorth:
+class WindowCostTracker:
     """Whether a window pays: judged after every few rounds with one, and tried again rarely where it did not."""
 
     _TRIAL = 64

@@ -24,7 +24,7 @@ States = list[Any]
 """Per source: its state, or None."""
 
 
-class Blend:
+class TreeDrafter:
     """A `Drafter` over sources of guesses: all their guesses in one currency, the calibrated chance that the target
     chooses a token given that its parent was chosen; equal tokens are one node; the tree grows best-first by the
     product of chances along the path, as wide as pays.

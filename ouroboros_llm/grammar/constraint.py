@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ..model_config import end_token_ids
 from .base import Grammar
 from .compiled import Matcher, matcher_for
-from .state import Place
+from .state import GrammarState
 
 _VETOES = 32
 """Tokens that are turned down at one place before a way to the end is taken."""
@@ -26,7 +26,7 @@ class Constraint:
         self._matcher, self._start, self._limit = matcher, prompt_length, limit
         self._place, self._length = self._beginning(), 0
 
-    def place(self, context: Sequence[int], emitted: Sequence[int] = ()) -> Place:
+    def place(self, context: Sequence[int], emitted: Sequence[int] = ()) -> GrammarState:
         """The place after `context`, which begins with the prompt, and the tokens emitted since."""
         length = len(context) - self._start + len(emitted)
         if length < self._length:
@@ -87,8 +87,8 @@ class Constraint:
         """The first token of a way to the end."""
         return self._place.way[0] if self._place.way else self._matcher.vocabulary.end_token_ids[0]
 
-    def _beginning(self) -> Place:
-        return Place(self._matcher, self._matcher.state(), self._limit)
+    def _beginning(self) -> GrammarState:
+        return GrammarState(self._matcher, self._matcher.state(), self._limit)
 
 
 def constraint_for(

@@ -14,20 +14,20 @@ _TRIES = 8
 """Ways to the end that are compared before a token is turned down for leading too far."""
 
 
-class Place:
+class GrammarState:
     """Where a text of the grammar stands after one run of tokens, with `left` tokens to go at most.
 
     Places are computed from the run of tokens alone, whether they were drafted or chosen, so what may come next never
     depends on drafts. Each remembers what was found out; drafting and choosing walk the same places.
     """
 
-    def __init__(self, matcher: Matcher, state: Any, left: int, before: tuple[Place, int] | None = None) -> None:
+    def __init__(self, matcher: Matcher, state: Any, left: int, before: tuple[GrammarState, int] | None = None) -> None:
         """`before`: the place one token earlier, and that token; None at the beginning."""
         self._matcher, self._state, self.left = matcher, state, left
         self._before = before
-        self._next: dict[int, Place | None] = {}
+        self._next: dict[int, GrammarState | None] = {}
 
-    def follow(self, token_id: int) -> Place | None:
+    def follow(self, token_id: int) -> GrammarState | None:
         """The place one token on; None where the grammar does not take the token."""
         if token_id not in self._next:
             self._next[token_id] = self._after(token_id)
@@ -94,12 +94,12 @@ class Place:
     def _tight(self) -> bool:
         return self.way is not None and len(self.way) + 1 == self.left
 
-    def _after(self, token_id: int) -> Place | None:
+    def _after(self, token_id: int) -> GrammarState | None:
         if token_id in self._matcher.vocabulary.end_token_ids or not self._takes(token_id):
             return None
         state = self._state.deep_copy()
         state.consume_token(token_id)
-        return Place(self._matcher, state, self.left - 1, (self, token_id))
+        return GrammarState(self._matcher, state, self.left - 1, (self, token_id))
 
     def _takes(self, token_id: int) -> bool:
         return bool(self._state.validate_tokens([token_id]) == 1)

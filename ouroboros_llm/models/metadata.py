@@ -12,7 +12,7 @@ from . import loading as models
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
+class ModelMetadata:
     """What a model can do, as far as its configuration and its tokenizer say so."""
 
     context_length: int | None
@@ -22,7 +22,7 @@ class ModelFacts:
     has_chat_template: bool
 
 
-def facts_of(name: str | Path) -> ModelFacts:
+def read_metadata(name: str | Path) -> ModelMetadata:
     """The facts of a model by its name, out of its files, but for the weights. Takes some milliseconds; where the files
     are not on this machine yet they are fetched, weights and all, as by `models.load`.
 
@@ -40,7 +40,7 @@ def facts_of(name: str | Path) -> ModelFacts:
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(f"model {str(name)!r} cannot be loaded as a causal language model: {reason}") from error
-    return ModelFacts(context_length_of(config), getattr(generation, "max_new_tokens", None), has_template)
+    return ModelMetadata(context_length_of(config), getattr(generation, "max_new_tokens", None), has_template)
 
 
 def _has_chat_template(folder: Path) -> bool:

@@ -93,7 +93,7 @@ class PhrasePool(Protocol):
 
 
 @runtime_checkable
-class Notebook(Protocol):
+class NoteStore(Protocol):
     """A pool that also keeps what drafting learned in its scope: opaque notes by name, the last one of a name."""
 
     def remember(self, notes: Mapping[str, bytes]) -> None:
@@ -104,7 +104,7 @@ class Notebook(Protocol):
 
 
 @runtime_checkable
-class AnswerBook(Notebook, Protocol):
+class AnswerIndex(NoteStore, Protocol):
     """A notebook whose notes may point to runs. Of those whose names begin with `ANSWERS` it keeps `KEPT_ANSWERS`, the
     last ones, as long as it has the runs."""
 
@@ -113,7 +113,7 @@ class AnswerBook(Notebook, Protocol):
 
 
 @runtime_checkable
-class DocumentNotebook(Notebook, Protocol):
+class DocumentNoteStore(NoteStore, Protocol):
     """A notebook that can tell whether the runs of a document are still there."""
 
     def holds_all(self, keys: Collection[bytes]) -> bool:
@@ -135,7 +135,7 @@ class PoolSource(Protocol):
 
 
 @runtime_checkable
-class Library(Protocol):
+class DeletablePoolSource(Protocol):
     """A source that knows what it keeps, and from whose pools runs can be taken out again, as documents are that nobody
     wants any longer."""
 

@@ -12,8 +12,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import OptionError, StoreError
-from .base import DocumentNotebook, Library, Notebook, PhrasePool, PoolSource, run_key
-from .document_notes import LEFT, NOTES, Entry, Noted, held, notes_of, read_notes, text_hash
+from .base import DeletablePoolSource, DocumentNoteStore, NoteStore, PhrasePool, PoolSource, run_key
+from .document_notes import LEFT, NOTES, CorpusRecords, DocumentRecord, held, notes_of, read_notes, text_hash
 from .documents import runs_of
 from .memory import MemorySource
 from .opening import open_pool
@@ -44,7 +44,7 @@ class Indexed:
 
 def is_corpus(pool: PhrasePool) -> bool:
     """Whether documents were indexed in a scope."""
-    return isinstance(pool, Notebook) and bool(pool.recall(NOTES))
+    return isinstance(pool, NoteStore) and bool(pool.recall(NOTES))
 
 
 class Corpus:
@@ -55,7 +55,7 @@ class Corpus:
         self, source: PoolSource, pool: PhrasePool, tokenizer: PreTrainedTokenizerBase, scope: str, fingerprint: str
     ) -> None:
         """`pool`: that of `scope` in `source`, for the tokenizer that `fingerprint` is of."""
-        if not isinstance(source, Library) or not isinstance(pool, DocumentNotebook):
+        if not isinstance(source, DeletablePoolSource) or not isinstance(pool, DocumentNoteStore):
             raise StoreError(
                 f"documents need a store that keeps notes and lets go of runs, but {type(source).__name__} does not; "
                 "use a PhraseStore, or None"
@@ -67,7 +67,7 @@ class Corpus:
         # Not what the pool has in memory: other processes index, too.
         self._notes: Mapping[str, Mapping[str, bytes]] = self._source.notes(scope, NOTES)
 
-    def entries(self) -> dict[str, Entry]:
+    def entries(self) -> dict[str, DocumentRecord]:
         """The documents by their ids."""
         return self._noted().entries
 
@@ -116,10 +116,10 @@ class Corpus:
             self._let_go({**noted.left, **{entry.name: entry.runs for entry in gone}}, noted.entries, fingerprint)
         return len(found)
 
-    def _noted(self, fingerprint: str | None = None) -> Noted:
+    def _noted(self, fingerprint: str | None = None) -> CorpusRecords:
         return read_notes(self._notes.get(fingerprint or self._fingerprint, {}))
 
-    def _settle(self) -> dict[str, Entry]:
+    def _settle(self) -> dict[str, DocumentRecord]:
         """The documents, after what an interrupted call left was taken out."""
         noted = self._noted()
         if noted.left:
@@ -127,24 +127,24 @@ class Corpus:
             self._pool = self._source.open(self._scope, fingerprint=self._fingerprint)
         return noted.entries
 
-    def _add(self, id: str, content: str, texts: Sequence[str], before: Entry | None) -> Entry:
+    def _add(self, id: str, content: str, texts: Sequence[str], before: DocumentRecord | None) -> DocumentRecord:
         seen = set[int]()
         runs = [run for text in texts for run in runs_of(text, self._tokenizer, seen) if len(run) > 1]
-        entry = Entry(id, content, sum(map(len, runs)), tuple(run_key(run).hex() for run in runs))
+        entry = DocumentRecord(id, content, sum(map(len, runs)), tuple(run_key(run).hex() for run in runs))
         # The notes first: somebody else may flush at any moment, and a run that no note names would never be removed.
         self._pool.remember(notes_of(entry, before))
         for run in runs:
             self._pool.add(run, answer=False)
         return entry
 
-    def _let_go(self, gone: Mapping[str, Sequence[str]], kept: Mapping[str, Entry], fingerprint: str) -> None:
+    def _let_go(self, gone: Mapping[str, Sequence[str]], kept: Mapping[str, DocumentRecord], fingerprint: str) -> None:
         """Drop notes with the runs that they name, but for those that a document still holds."""
         if gone:
             runs = {run for runs in gone.values() for run in runs} - held(kept.values())
             keys = [bytes.fromhex(run) for run in runs]
             self._source.take_out(self._scope, fingerprint=fingerprint, runs=keys, notes=list(gone))
 
-    def _check_room(self, entries: Iterable[Entry]) -> None:
+    def _check_room(self, entries: Iterable[DocumentRecord]) -> None:
         lost = [entry for entry in entries if not self._pool.holds_all(entry.keys)]
         if lost:
             warnings.warn(

@@ -16,7 +16,7 @@ LEFT = NOTES + "left/"
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class DocumentRecord:
     """A document in a corpus."""
 
     id: str
@@ -36,16 +36,16 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Noted:
+class CorpusRecords:
     """What the notes of a corpus say."""
 
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: dict[str, DocumentRecord] = field(default_factory=dict)
     """The documents by their ids."""
     left: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Runs that are to be taken out, by the names of the notes that say so."""
 
 
-def notes_of(entry: Entry, before: Entry | None) -> dict[str, bytes]:
+def notes_of(entry: DocumentRecord, before: DocumentRecord | None) -> dict[str, bytes]:
     """The notes on a document that is about to be written; what it said `before`, and no longer says, is on one of
     them until it is taken out, so that nobody forgets it whatever happens meanwhile."""
     notes = {NOTES: b"", entry.name: json.dumps(asdict(entry)).encode()}
@@ -54,9 +54,9 @@ def notes_of(entry: Entry, before: Entry | None) -> dict[str, bytes]:
     return notes
 
 
-def read_notes(notes: Mapping[str, bytes]) -> Noted:
+def read_notes(notes: Mapping[str, bytes]) -> CorpusRecords:
     """What notes say, but for damaged ones: their documents are indexed again."""
-    found = Noted()
+    found = CorpusRecords()
     for name, data in notes.items():
         if name.startswith(LEFT):
             found.left[name] = _left(data)
@@ -65,7 +65,7 @@ def read_notes(notes: Mapping[str, bytes]) -> Noted:
     return found
 
 
-def held(entries: Iterable[Entry]) -> set[str]:
+def held(entries: Iterable[DocumentRecord]) -> set[str]:
     """The runs of documents."""
     return {run for entry in entries for run in entry.runs}
 
@@ -79,10 +79,10 @@ def text_hash(*texts: str) -> str:
     return found.hexdigest()
 
 
-def _entry(data: bytes) -> Entry | None:
+def _entry(data: bytes) -> DocumentRecord | None:
     try:
         found = json.loads(data)
-        return Entry(found["id"], found["content"], int(found["tokens"]), tuple(found["runs"]))
+        return DocumentRecord(found["id"], found["content"], int(found["tokens"]), tuple(found["runs"]))
     except (ValueError, TypeError, KeyError):
         return None
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 
-class Worker:
+class Scheduler:
     """Runs requests, one step of each in turn, in a thread that starts with the first and ends when none comes.
 
     Up to `max_active` requests take turns, not counting those that are paused because their callers are behind; the
@@ -329,16 +329,16 @@ class Worker:
             request.deliver(End(OuroborosError("the request belongs to the parent process; ask again in this one")))
 
 
-def worker_of(model: Any) -> Worker:
+def scheduler_for(model: Any) -> Scheduler:
     """The worker of a model, whoever uses it: the same object for the same model, which it does not keep alive."""
     with _finding:
         worker = _by_model.get(model)
         if worker is None:
-            worker = _by_model[model] = Worker()
+            worker = _by_model[model] = Scheduler()
             weakref.finalize(model, worker.retire).atexit = False
         return worker
 
 
-_by_model: weakref.WeakKeyDictionary[Any, Worker] = weakref.WeakKeyDictionary()
+_by_model: weakref.WeakKeyDictionary[Any, Scheduler] = weakref.WeakKeyDictionary()
 _finding = guard(threading.RLock())
 _of_the_parent: list[object] = []

@@ -13,9 +13,9 @@ from queue import Empty
 from typing import Any, Self, cast
 from weakref import WeakKeyDictionary
 
-from ..results import GenerationResult, Piece
+from ..results import GenerationResult, StreamChunk
 from .request import End, Request
-from .scheduler import Worker
+from .scheduler import Scheduler
 
 CLOSE_SECONDS = 5.0
 """How long `close` waits for a round to end. Bounded, because a finalizer may call it in a thread that holds a lock
@@ -39,7 +39,7 @@ class Stream:
         memory for this answer. After any of them other requests go on.
     """
 
-    def __init__(self, worker: Worker, request: Request[Piece], cancelled: threading.Event) -> None:
+    def __init__(self, worker: Scheduler, request: Request[StreamChunk], cancelled: threading.Event) -> None:
         """`cancelled`: what the request's steps look at."""
         self._worker, self._request, self._cancelled = worker, request, cancelled
         self._begun = threading.Lock()
@@ -47,7 +47,7 @@ class Stream:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Piece:
+    def __next__(self) -> StreamChunk:
         self.begin()
         piece = None if self._request.closed else self._taken(self._request.arrived.get())
         if piece is None:
@@ -57,7 +57,7 @@ class Stream:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Piece:
+    async def __anext__(self) -> StreamChunk:
         self.begin()
         while not self._request.closed:
             try:
@@ -118,8 +118,8 @@ class Stream:
             self._begun.release()
             raise
 
-    def _taken(self, arrived: Piece | End) -> Piece | None:
-        if isinstance(arrived, Piece):
+    def _taken(self, arrived: StreamChunk | End) -> StreamChunk | None:
+        if isinstance(arrived, StreamChunk):
             self._worker.wake()
             return arrived
         # For whoever asks again.
@@ -162,7 +162,7 @@ def results(streams: Sequence[Stream], ahead: int) -> list[GenerationResult]:
     return found
 
 
-def off_the_loop(start: Callable[[], Iterator[Piece]]) -> AsyncGenerator[Piece]:
+def off_the_loop(start: Callable[[], Iterator[StreamChunk]]) -> AsyncGenerator[StreamChunk]:
     """The pieces that `start` answers with, for an event loop, which is never blocked.
 
     Args:
@@ -175,7 +175,7 @@ def off_the_loop(start: Callable[[], Iterator[Piece]]) -> AsyncGenerator[Piece]:
     return _off_the_loop(start, copy_context())
 
 
-async def _off_the_loop(start: Callable[[], Iterator[Piece]], context: Context) -> AsyncGenerator[Piece]:
+async def _off_the_loop(start: Callable[[], Iterator[StreamChunk]], context: Context) -> AsyncGenerator[StreamChunk]:
     loop = asyncio.get_running_loop()
     # Not a shared pool: what waits there could take all the threads that those need which it waits for.
     thread = ThreadPoolExecutor(1, thread_name_prefix="ouroboros")
@@ -207,9 +207,9 @@ def place() -> asyncio.Semaphore:
     return _places.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(PLACES))
 
 
-def shown(stream: Iterator[Piece]) -> Generator[Piece]:
+def shown(stream: Iterator[StreamChunk]) -> Generator[StreamChunk]:
     """The pieces that hold text, and the last one. Closing it closes `stream`, which ends the decoding."""
-    pieces = cast("Generator[Piece]", stream)
+    pieces = cast("Generator[StreamChunk]", stream)
     try:
         for piece in pieces:
             if piece.text or piece.result is not None:
@@ -218,7 +218,7 @@ def shown(stream: Iterator[Piece]) -> Generator[Piece]:
         pieces.close()
 
 
-async def ashown(stream: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
+async def ashown(stream: AsyncGenerator[StreamChunk]) -> AsyncGenerator[StreamChunk]:
     """As `shown`."""
     async with aclosing(stream) as pieces:
         async for piece in pieces:

@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..drafting.learned_state import Memory
+from ..drafting.learned_state import LearnedState
 from ..phrase_pool.base import PhrasePool, PoolSource
 from ..phrase_pool.opening import open_pool
 from ..serving.request import Steps
 from ..target_model.prepared import PreparedModel, locked
 from . import snapshot
 from .device_memory import check_room, let_go
-from .prefix_cache import Workspace
-from .session import Session, Sessions
+from .prefix_cache import CachedSequence
+from .session import Session, SessionStore
 
 
 class ModelSessions:
@@ -27,7 +27,7 @@ class ModelSessions:
         environment is no number."""
         self._prepared, self._draft = prepared, draft
         self._source, self._fingerprint = source, fingerprint
-        self.sessions = Sessions()
+        self.sessions = SessionStore()
 
     def open(self, scope: str) -> Session:
         """The session of a scope as it is now."""
@@ -48,15 +48,15 @@ class ModelSessions:
         session = self.current(session, pool)
         if not session.recalled:
             session.recalled = True
-            session.memory = Memory.recall(pool, self._prepared.fingerprint, others)
+            session.memory = LearnedState.recall(pool, self._prepared.fingerprint, others)
             if self._draft is not None:
-                session.draft_memory = Memory.recall(pool, self._draft.fingerprint, others)
+                session.draft_memory = LearnedState.recall(pool, self._draft.fingerprint, others)
         return session
 
     @contextmanager
     def workspace(
         self, session: Session, token_ids: Sequence[int], others: Sequence[str] = (), *, room: int
-    ) -> Iterator[Workspace]:
+    ) -> Iterator[CachedSequence]:
         """What a turn over `token_ids` works with, perhaps a copy of a prefix that is kept in one of the scopes
         `others`; it is kept for the next turn.
 
@@ -103,16 +103,16 @@ class ModelSessions:
             self.sessions.give_back(session, workspace)
         return sum(workspace.length for workspace in workspaces)
 
-    def start(self) -> Workspace:
+    def start(self) -> CachedSequence:
         """A workspace for a turn that finds nothing to go on from."""
-        return Workspace(self._prepared.start(marks=True), self._draft.start() if self._draft else None)
+        return CachedSequence(self._prepared.start(marks=True), self._draft.start() if self._draft else None)
 
     def spare(self) -> None:
         """Let go of keys and values that only a later turn would have used."""
         self.sessions.drop_idle()
         let_go(self._prepared.model.device)
 
-    def _check_room(self, tokens: int, workspace: Workspace) -> None:
+    def _check_room(self, tokens: int, workspace: CachedSequence) -> None:
         check_room(self._prepared, tokens, workspace.nbytes, self.spare, self._draft)
 
     def _identity(self, session: Session) -> dict[str, str]:

@@ -28,7 +28,7 @@ _clock = count(1)
 
 
 @dataclass(eq=False)
-class Workspace:
+class CachedSequence:
     """Targets that hold the text of one turn; used by one turn at a time."""
 
     target: KeptTarget
@@ -56,10 +56,10 @@ class Workspace:
         self.measured = None
         self.measured = self.nbytes
 
-    def fork(self, token_ids: Sequence[int]) -> Workspace:
+    def fork(self, token_ids: Sequence[int]) -> CachedSequence:
         """A workspace that holds what this one has read of `token_ids`, in storage of its own."""
         target, draft = self.target, self.draft_target
-        return Workspace(
+        return CachedSequence(
             target.fork(target.common_prefix(token_ids)),
             None if draft is None else draft.fork(draft.common_prefix(token_ids)),
         )
@@ -110,16 +110,16 @@ class KVUsage:
         return self.in_use + self.idle + self.kept
 
 
-class Shelf:
+class ScopeCache:
     """The workspaces of one scope. Its memory guards it: nothing here is called without the memory's lock."""
 
     def __init__(self) -> None:
-        self.idle: list[Workspace] = []
-        self.prefixes: dict[str, Workspace] = {}
-        self.in_use: WeakSet[Workspace] = WeakSet()
+        self.idle: list[CachedSequence] = []
+        self.prefixes: dict[str, CachedSequence] = {}
+        self.in_use: WeakSet[CachedSequence] = WeakSet()
         self.closed = False
 
-    def best(self, token_ids: Sequence[int], others: Iterable[Shelf] = ()) -> tuple[Workspace | None, int]:
+    def best(self, token_ids: Sequence[int], others: Iterable[ScopeCache] = ()) -> tuple[CachedSequence | None, int]:
         """The workspace that has read most of `token_ids`, and how much; of equals the one with least else. Of `others`
         only prefixes count."""
         kept = [workspace for shelf in (self, *others) for workspace in shelf.prefixes.values()]
@@ -130,7 +130,7 @@ class Shelf:
         shared, _, workspace = max(known, key=lambda entry: entry[:2], default=(0, 0, None))
         return (workspace, shared) if shared else (None, 0)
 
-    def put(self, workspace: Workspace) -> None:
+    def put(self, workspace: CachedSequence) -> None:
         """Add an idle workspace, in place of those whose text it holds as well."""
         text = [*workspace.target.token_ids, -1]
         self.idle = [
@@ -152,7 +152,7 @@ class Shelf:
         self.prefixes.clear()
 
 
-class WorkspaceMemory:
+class PrefixCache:
     """All workspaces, bounded in bytes: the least recently used are cut and dropped first."""
 
     def __init__(self, limit: int | None = None) -> None:
@@ -160,7 +160,7 @@ class WorkspaceMemory:
         # Re-entrant: an abandoned stream may be finalized by the garbage collector at any allocation, in here too.
         self.lock = threading.RLock()
         self._limit = limit
-        self._shelves: WeakSet[Shelf] = WeakSet()
+        self._shelves: WeakSet[ScopeCache] = WeakSet()
 
     @property
     def limit(self) -> int:
@@ -174,13 +174,13 @@ class WorkspaceMemory:
         self._limit = _checked("limit", limit)
         self.make_room()
 
-    def shelf(self) -> Shelf:
-        shelf = Shelf()
+    def shelf(self) -> ScopeCache:
+        shelf = ScopeCache()
         with self.lock:
             self._shelves.add(shelf)
         return shelf
 
-    def usage(self, shelves: Iterable[Shelf] | None = None) -> KVUsage:
+    def usage(self, shelves: Iterable[ScopeCache] | None = None) -> KVUsage:
         """Of `shelves`, or of all of them."""
         with self.lock:
             shelves = list(self._shelves if shelves is None else shelves)
@@ -193,13 +193,13 @@ class WorkspaceMemory:
 
     def take(
         self,
-        shelf: Shelf,
+        shelf: ScopeCache,
         token_ids: Sequence[int],
-        start: Callable[[], Workspace],
+        start: Callable[[], CachedSequence],
         *,
-        others: Sequence[Shelf] = (),
+        others: Sequence[ScopeCache] = (),
         copies: bool = False,
-    ) -> Workspace:
+    ) -> CachedSequence:
         """A workspace for a turn over `token_ids`: what is idle, a copy of what others still want, or a new one.
         `others`: shelves whose prefixes may be copied too.
 
@@ -224,7 +224,7 @@ class WorkspaceMemory:
             self.make_room()
         return workspace
 
-    def give_back(self, shelf: Shelf, workspace: Workspace) -> None:
+    def give_back(self, shelf: ScopeCache, workspace: CachedSequence) -> None:
         """Keep a turn's workspace for the next turn of its scope, as far as it can be used again and memory allows."""
         workspace.used = next(_clock)
         with self.lock:
@@ -233,7 +233,7 @@ class WorkspaceMemory:
                 shelf.put(workspace)
             self.make_room()
 
-    def keep(self, shelf: Shelf, name: str, workspace: Workspace) -> None:
+    def keep(self, shelf: ScopeCache, name: str, workspace: CachedSequence) -> None:
         """Keep a workspace as a prefix, in place of what had its name. Raises OptionError where there is no room."""
         with self.lock:
             shelf.in_use.discard(workspace)
@@ -267,7 +267,7 @@ class WorkspaceMemory:
                 else:
                     over -= before - workspace.nbytes
 
-    def _victims(self) -> Iterator[tuple[Shelf, Workspace, bool]]:
+    def _victims(self) -> Iterator[tuple[ScopeCache, CachedSequence, bool]]:
         """Idle workspaces in the order in which they give up room: first what they have to spare, then, one after the
         other, half of the text, half of that and so on."""
         found = [(shelf, workspace) for shelf in list(self._shelves) for workspace in list(shelf.idle)]
@@ -278,7 +278,9 @@ class WorkspaceMemory:
             while workspace in shelf.idle:
                 yield shelf, workspace, True
 
-    def _copied(self, shelf: Shelf, found: Workspace, token_ids: Sequence[int], idle: bool) -> Workspace | None:
+    def _copied(
+        self, shelf: ScopeCache, found: CachedSequence, token_ids: Sequence[int], idle: bool
+    ) -> CachedSequence | None:
         """A copy of what `found` has read of `token_ids`, or None where there is no memory for it; if it was idle,
         nobody else has it meanwhile."""
         try:
@@ -295,7 +297,7 @@ class WorkspaceMemory:
                         shelf.put(found)
 
 
-def _nbytes(groups: Iterable[Iterable[Workspace]]) -> int:
+def _nbytes(groups: Iterable[Iterable[CachedSequence]]) -> int:
     return sum(workspace.nbytes for group in groups for workspace in list(group))
 
 
@@ -309,7 +311,7 @@ def _checked(name: str, limit: object) -> int:
     return int(number)
 
 
-MEMORY = WorkspaceMemory()
+MEMORY = PrefixCache()
 guard(MEMORY.lock)
 """Of the whole process."""
 
@@ -328,7 +330,7 @@ def limit_kv_bytes(limit: int) -> None:
     MEMORY.limit = limit
 
 
-def _shrunk(workspace: Workspace, length: int) -> bool:
+def _shrunk(workspace: CachedSequence, length: int) -> bool:
     """Cut a text; False where there is not even the memory for a smaller copy, and it had better go whole."""
     try:
         workspace.shrink(length)

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from weakref import ref
 
-from ..drafting.cost_gate import Worth
-from ..drafting.learned_state import Memory
-from ..drafting.lookahead import WindowWorth
+from ..drafting.cost_gate import CostTracker
+from ..drafting.learned_state import LearnedState
+from ..drafting.lookahead import WindowCostTracker
 from ..phrase_pool.base import PhrasePool
 from ..phrase_pool.memory import MemoryPool
-from .prefix_cache import MEMORY, KVUsage, Shelf, Workspace, WorkspaceMemory
+from .prefix_cache import MEMORY, CachedSequence, KVUsage, PrefixCache, ScopeCache
 
 
 @dataclass(eq=False)
@@ -21,7 +21,7 @@ class Window:
     """What lookahead windows found in a scope, and whether they pay there."""
 
     pool: MemoryPool = field(default_factory=lambda: MemoryPool(capacity=20_000))
-    worth: WindowWorth = field(default_factory=WindowWorth)
+    worth: WindowCostTracker = field(default_factory=WindowCostTracker)
 
 
 @dataclass(eq=False)
@@ -29,18 +29,18 @@ class Session:
     """The state of one scope in this process. Nothing of it is seen from another scope."""
 
     scope: str
-    memory: Memory = field(default_factory=Memory)
-    draft_memory: Memory = field(default_factory=Memory)
+    memory: LearnedState = field(default_factory=LearnedState)
+    draft_memory: LearnedState = field(default_factory=LearnedState)
     """What the draft model's own drafting learned."""
-    worth: Worth = field(default_factory=lambda: Worth(memory=64, retry=8))
+    worth: CostTracker = field(default_factory=lambda: CostTracker(memory=64, retry=8))
     """Whether drafts pay here, and whether asking the draft model does."""
-    draft_worth: Worth = field(default_factory=Worth)
+    draft_worth: CostTracker = field(default_factory=CostTracker)
     generation: object = None
     """Changes when the scope's phrases are deleted; what was read and learned goes with them."""
     window: Window = field(default_factory=Window)
     recalled: bool = False
     """Whether the memories were read from the scope's pool."""
-    shelf: Shelf = field(default_factory=MEMORY.shelf)
+    shelf: ScopeCache = field(default_factory=MEMORY.shelf)
     """What earlier turns left; the next ones reuse the prefixes that their texts share."""
     pool: Callable[[], PhrasePool | None] = lambda: None
     """Where the scope's phrases go, as long as its store keeps it open; says when they are deleted."""
@@ -58,10 +58,10 @@ class Session:
         return pool is not None and self.generation != getattr(pool, "generation", None)
 
 
-class Sessions:
+class SessionStore:
     """Sessions by scope, bounded in number and, with all others of the process, in bytes; least recently used first."""
 
-    def __init__(self, capacity: int = 256, memory: WorkspaceMemory = MEMORY) -> None:
+    def __init__(self, capacity: int = 256, memory: PrefixCache = MEMORY) -> None:
         """Raises OptionError where the limit in the environment is no number."""
         self._capacity, self._memory = capacity, memory
         memory.limit  # noqa: B018  # a limit in the environment that is no number is better told now
@@ -90,11 +90,11 @@ class Sessions:
         self,
         session: Session,
         token_ids: Sequence[int],
-        start: Callable[[], Workspace],
+        start: Callable[[], CachedSequence],
         *,
         others: Iterable[str] = (),
         copies: bool = False,
-    ) -> Workspace:
+    ) -> CachedSequence:
         """What earlier turns of the scope left of a text that begins like `token_ids`, or a copy of a prefix that is
         kept in one of the scopes `others`, or a new workspace."""
         with self._lock:
@@ -108,7 +108,7 @@ class Sessions:
             kept = session.shelf.prefixes.get(name)
             return kept is not None and list(kept.target.token_ids) == list(token_ids)
 
-    def give_back(self, session: Session, workspace: Workspace) -> None:
+    def give_back(self, session: Session, workspace: CachedSequence) -> None:
         """Keep a turn's workspace for the next turns of its scope. Keys and values of deleted scopes are freed here."""
         with self._lock:
             for other in [other for other in self._sessions.values() if other.deleted]:
@@ -117,7 +117,7 @@ class Sessions:
                 session.shelf.close()
             self._memory.give_back(session.shelf, workspace)
 
-    def keep(self, session: Session, name: str, workspace: Workspace) -> None:
+    def keep(self, session: Session, name: str, workspace: CachedSequence) -> None:
         """Keep a prefix under a name. Raises OptionError where there is no room."""
         if session.deleted:
             self.forget(session)
@@ -129,7 +129,7 @@ class Sessions:
             session.shelf.prefixes.pop(name, None)
 
     @contextmanager
-    def idle(self, session: Session) -> Iterator[list[Workspace]]:
+    def idle(self, session: Session) -> Iterator[list[CachedSequence]]:
         """The workspaces that no turn uses, out of reach of turns meanwhile."""
         with self._lock:
             workspaces, session.shelf.idle = session.shelf.idle, []

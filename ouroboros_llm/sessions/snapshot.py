@@ -19,7 +19,7 @@ from ..errors import SnapshotError
 from ..target_model.eager import EagerTarget
 from ..target_model.kv_cache import SlotCache
 from ..target_model.prepared import PreparedModel
-from .prefix_cache import Workspace
+from .prefix_cache import CachedSequence
 
 LAYOUT = "1"
 """Of the file: "N.token_ids" [length], and per layer of the model "N.LAYER.keys" and "N.LAYER.values"."""
@@ -43,7 +43,7 @@ def identity(prepared: PreparedModel, tokenizer_fingerprint: str, scope: str) ->
     }
 
 
-def save(path: str | Path, workspaces: Sequence[Workspace], expected: Mapping[str, str]) -> int:
+def save(path: str | Path, workspaces: Sequence[CachedSequence], expected: Mapping[str, str]) -> int:
     """Write what the workspaces' targets hold; the number of tokens. What draft models have read is not written.
 
     Raises:
@@ -70,7 +70,7 @@ def save(path: str | Path, workspaces: Sequence[Workspace], expected: Mapping[st
     return sum(len(target.token_ids) for target in targets)
 
 
-def load(path: str | Path, start: Callable[[], Workspace], expected: Mapping[str, str]) -> list[Workspace]:
+def load(path: str | Path, start: Callable[[], CachedSequence], expected: Mapping[str, str]) -> list[CachedSequence]:
     """Workspaces as they were saved, in storage of their own; `start` makes an empty one.
 
     Raises:
@@ -81,7 +81,7 @@ def load(path: str | Path, start: Callable[[], Workspace], expected: Mapping[str
     return [_restored(start(), tensors, number) for number in numbers]
 
 
-def _restored(workspace: Workspace, tensors: Mapping[str, torch.Tensor], number: int) -> Workspace:
+def _restored(workspace: CachedSequence, tensors: Mapping[str, torch.Tensor], number: int) -> CachedSequence:
     target = workspace.target
     assert isinstance(target, EagerTarget) and isinstance(target.cache, SlotCache)  # as it was for who saved it
     prefix = f"{number}."

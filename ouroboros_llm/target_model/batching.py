@@ -19,7 +19,7 @@ from ..decoding.draft_tree import MAX_WIDTH, DraftTree
 from ..decoding.target import Pass
 from ..transformers_api import Cache, CacheLayer, complete_layer, rope_of
 from .kv_cache import SlotLayer
-from .latency import PassTimes
+from .latency import LatencyModel
 
 
 class BatchableTarget(Protocol):
@@ -37,14 +37,14 @@ class BatchableTarget(Protocol):
         """Make one pass over drafts, each behind so many committed tokens of a text of its own; logits of `wanted`."""
 
 
-PACK_TOKENS = 512
+BATCH_TOKENS = 512
 """Tokens of a pass that is made for several texts: as many as of a chunk of one prompt."""
 
 _OWN_POSITIONS = ("attn_temperature_tuning",)
 _BY_LONGEST = ("dynamic", "longrope")
 
 
-def can_pack(config: Any) -> bool:
+def can_batch(config: Any) -> bool:
     """Whether nothing in a model depends on where in a pass a token stands, rather than on its position.
 
     Rotary angles that follow the longest text of a pass would make one text depend on another; a probe over short
@@ -55,15 +55,15 @@ def can_pack(config: Any) -> bool:
     )
 
 
-class Packer:
+class Batcher:
     """Decides which passes of one model are made together, by measured times, and makes them."""
 
     def __init__(
-        self, times: PassTimes, lock: threading.RLock, batches: Callable[[PreTrainedModel], bool] = lambda _: True
+        self, times: LatencyModel, lock: threading.RLock, batches: Callable[[PreTrainedModel], bool] = lambda _: True
     ) -> None:
         """`lock`: lets one pass at a time run on the model; `batches`: whether the model takes several texts in a pass,
         asked before the first such pass."""
-        self.lock, self.times, self._batches = lock, PackTimes(times), batches
+        self.lock, self.times, self._batches = lock, BatchLatency(times), batches
         self.members = 1
         """Passes that are made in one at the moment: every draft has to do with that share of it."""
 
@@ -133,7 +133,7 @@ class Packer:
         order = [first, *sorted(others, key=lambda other: other[0].tokens)]
         alone, best, most, total = 0.0, 1, 0.0, NOTHING
         for size, _ in order:
-            if total.passes and total.tokens + size.tokens > PACK_TOKENS:
+            if total.passes and total.tokens + size.tokens > BATCH_TOKENS:
                 break
             alone, total = alone + self.times.cost(*size), _sum((total, size))
             if (saved := alone - self.times.cost(*total)) > most:
@@ -195,11 +195,11 @@ def _shared(targets: Sequence[BatchableTarget], drafts: Sequence[DraftTree]) -> 
     """A cache whose layers are those of all targets."""
     widths = [draft.width for draft in drafts]
     layers = zip(*(target.cache.states.layers for target in targets), strict=True)
-    return Cache(layers=[PackedLayer(own, widths) for own in layers])
+    return Cache(layers=[BatchedLayer(own, widths) for own in layers])
 
 
 @complete_layer
-class PackedLayer(CacheLayer):
+class BatchedLayer(CacheLayer):
     """One layer of several texts for the length of a pass: writes to each its own part, shows all of them."""
 
     def __init__(self, layers: Sequence[SlotLayer], widths: Sequence[int]) -> None:
@@ -233,14 +233,14 @@ Kind = tuple[bool, int, int]
 """Passes whose surplus is the same: whether for several texts, and the sizes of tokens and keys in powers of two."""
 
 
-class PackTimes:
-    """What passes cost that `PassTimes` does not know: over several texts, or over more tokens than a draft has.
+class BatchLatency:
+    """What passes cost that `LatencyModel` does not know: over several texts, or over more tokens than a draft has.
 
     Such a pass takes what one over as many tokens of a single text would, and a surplus: for keys and values that are
     laid side by side, and for scores of texts that do not see each other. The surplus is measured for each kind.
     """
 
-    def __init__(self, times: PassTimes) -> None:
+    def __init__(self, times: LatencyModel) -> None:
         self._times = times
         self._surplus: dict[Kind, float] = {}
 

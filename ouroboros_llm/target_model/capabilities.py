@@ -12,14 +12,14 @@ import torch
 from transformers import PreTrainedModel
 
 from ..decoding.draft_tree import DraftTree
-from ..decoding.target import Branching, Greedy, Pass, Walked
+from ..decoding.target import Branching, DeviceAcceptance, GreedyAcceptance, Pass
 from ..errors import ModelError
 from ..transformers_api import attention_of, forward_signature
-from .batching import Packer, can_pack
+from .batching import Batcher, can_batch
 from .eager import EagerTarget, vocabulary_size
 from .failures import reason_of
-from .latency import PassTimes
-from .recurrent import StepwiseTarget
+from .latency import LatencyModel
+from .recurrent import RecurrentTarget
 from .static.forward import StaticForward
 from .tree_masks import takes_masks
 
@@ -47,7 +47,7 @@ class Probe:
     """Why drafts are no wider than `branching`, as a clause; empty where trees are verified."""
 
 
-def probe(model: PreTrainedModel, times: PassTimes | None = None) -> Probe:
+def probe(model: PreTrainedModel, times: LatencyModel | None = None) -> Probe:
     """Compare a pass over a small draft, committed tokens behind it, with passes over one token each.
 
     Args:
@@ -137,7 +137,7 @@ def probe_batching(model: PreTrainedModel) -> bool:
 
     Some fifteen passes over at most 24 tokens a text are run.
     """
-    if not can_pack(model.config.get_text_config(decoder=True)):
+    if not can_batch(model.config.get_text_config(decoder=True)):
         return False
     try:
         together = _texts(model)
@@ -168,8 +168,8 @@ def _walk_error(model: PreTrainedModel, start: Callable[[], EagerTarget]) -> flo
         target.rewind(length)
     other = (chosen[1] + 1) % vocabulary_size(model)
     draft = DraftTree((root, other, *chosen[1:]), (-1, 0, 0, 2), (1.0,) * 4, ("",) * 4, (None,) * 4)
-    walked = target.walk(draft, Greedy(draft.width, (), 0))
-    assert isinstance(walked, Walked)
+    walked = target.walk(draft, GreedyAcceptance(draft.width, (), 0))
+    assert isinstance(walked, DeviceAcceptance)
     target.keep(walked.path)
     moved = target.verify(DraftTree.root(after))
     plain = EagerTarget(model, "none").prefill([*target.token_ids, after])[-1:]
@@ -206,11 +206,11 @@ def _undrafted(model: PreTrainedModel, reason: str) -> Probe:
     """Find out of a model that is run one token a pass whether a second prompt may go on behind a first."""
     text = _tokens(model, _LONG)
     try:
-        target = StepwiseTarget(model, continues=True)
+        target = RecurrentTarget(model, continues=True)
         target.prefill(text[: len(_TEXT)])
         target.keep((0,))
         continued = target.prefill(text)
-        plain = StepwiseTarget(model).prefill(text)
+        plain = RecurrentTarget(model).prefill(text)
     except FAILURES:
         return Probe("none", 0.0, continues=False, reason=reason)
     error = float((continued - plain).abs().nan_to_num(float("inf")).max())
@@ -265,7 +265,7 @@ def _largest(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def _in_one(passes: list[Pass]) -> torch.Tensor:
-    return _kept(passes, Packer(PassTimes(""), threading.RLock()).together(passes))
+    return _kept(passes, Batcher(LatencyModel(""), threading.RLock()).together(passes))
 
 
 def _each(passes: list[Pass]) -> torch.Tensor:

@@ -11,11 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ..decoding.draft_tree import MAX_WIDTH, DraftTree
-from ..decoding.target import Branching, Greedy, Walked
+from ..decoding.target import Branching, DeviceAcceptance, GreedyAcceptance
 from ..transformers_api import Cache, forward_signature
-from .batching import Packer
+from .batching import Batcher
 from .kv_cache import RewindableCache, SlotCache, cache_for
-from .latency import Clock, PassTimes, padded
+from .latency import LatencyModel, PassTimer, padded
 from .static.device_accept import checked, read
 from .tree_masks import tree_masks
 
@@ -32,7 +32,7 @@ def vocabulary_size(model: Any) -> int:
 
 
 def kind_of(model: PreTrainedModel) -> str:
-    """What `PassTimes` has a prior for: the device, and on a CPU whether it computes in single precision."""
+    """What `LatencyModel` has a prior for: the device, and on a CPU whether it computes in single precision."""
     single = model.device.type == "cpu" and model.dtype == torch.float32
     return "cpu float32" if single else model.device.type
 
@@ -59,11 +59,11 @@ class EagerTarget:
         self,
         model: PreTrainedModel,
         branching: Branching,
-        pass_times: PassTimes | None = None,
+        pass_times: LatencyModel | None = None,
         *,
         marks: bool = False,
         cache: RewindableCache | None = None,
-        packer: Packer | None = None,
+        packer: Batcher | None = None,
         static: StaticForward | None = None,
     ) -> None:
         """`branching` is what `probe` found; `pass_times` is shared by all targets of one model; `marks`: keep what it
@@ -73,8 +73,8 @@ class EagerTarget:
         self.model, self.branching = model, branching
         self.marks, self._marked = marks, True
         self.config: Any = model.config.get_text_config(decoder=True)
-        self.pass_times = pass_times or PassTimes(kind_of(model))
-        self._clock = Clock(self.pass_times)
+        self.pass_times = pass_times or LatencyModel(kind_of(model))
+        self._clock = PassTimer(self.pass_times)
         self.packer, self._static = packer, static
         self.cache: RewindableCache = cache_for(self.config) if cache is None else cache
         self.token_ids: list[int] = []
@@ -128,7 +128,7 @@ class EagerTarget:
             self.begin(draft)
             return self._forward(draft)
 
-    def walk(self, draft: DraftTree, greedy: Greedy) -> Walked | torch.Tensor:
+    def walk(self, draft: DraftTree, greedy: GreedyAcceptance) -> DeviceAcceptance | torch.Tensor:
         if (static := self.static) is not None and (slots := self._slots(draft)) is not None:
             try:
                 with self._timed(draft, greedy):
@@ -154,7 +154,7 @@ class EagerTarget:
         """Verifies drafts in passes of fixed shape; None where nothing does, or a pass of any text has failed."""
         return None if self._static is None or self._static.failure is not None else self._static
 
-    def _timed(self, draft: DraftTree, greedy: Greedy | None = None) -> AbstractContextManager[None]:
+    def _timed(self, draft: DraftTree, greedy: GreedyAcceptance | None = None) -> AbstractContextManager[None]:
         # A pass that is recorded first says nothing of those that will be replayed.
         usual = self.static is None or self.static.ready(draft.width, greedy)
         return self._clock.over(draft.width, self.model.device) if usual else nullcontext()

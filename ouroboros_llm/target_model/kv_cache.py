@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..transformers_api import Cache, CacheLayer, DynamicCache, attention_layers, complete_layer, crop, is_croppable
-from .recurrent_state import ForwardStates
+from .recurrent_state import RecurrentState
 
 
 class RewindableCache(Protocol):
@@ -273,9 +273,9 @@ class LibraryCache:
     can_rewind = False
     token_bytes = None
 
-    def __init__(self, config: PreTrainedConfig, known: ForwardStates | None = None) -> None:
+    def __init__(self, config: PreTrainedConfig, known: RecurrentState | None = None) -> None:
         self._config = config
-        self._known = known or ForwardStates(lambda: DynamicCache(config=config))
+        self._known = known or RecurrentState(lambda: DynamicCache(config=config))
 
     @property
     def states(self) -> Cache:

@@ -33,7 +33,7 @@ _COST_RATE, _COST_STEP = 0.15, 0.1
 """How far an estimate follows one pass, and the largest surprise that it takes seriously, in logarithms."""
 
 
-class PassTimes:
+class LatencyModel:
     """What passes of each width cost, and how fast the machine is at the moment; a prior until passes have been seen.
 
     The time of a pass is the pace of the moment times the cost of its width. Other work can slow a machine down for a
@@ -106,10 +106,10 @@ def on(device: torch.device) -> AbstractContextManager[None]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-class Clock:
+class PassTimer:
     """Takes note of passes: on a CPU at once, on an accelerator when they are over and somebody asks again."""
 
-    def __init__(self, times: PassTimes) -> None:
+    def __init__(self, times: LatencyModel) -> None:
         self.times = times
         self._running: list[tuple[int, Any, Any]] = []
 

@@ -23,13 +23,13 @@ from ..model_config import context_length_of
 from ..serving.fork_safety import guard
 from ..transformers_api import attention_of, check_generates, warn_if_untested
 from . import measurements
-from .batching import Packer
+from .batching import Batcher
 from .capabilities import Probe, is_confirmed, probe, probe_batching, probing_static
 from .eager import EagerTarget, kind_of
 from .failures import reason_of
-from .latency import PassTimes
+from .latency import LatencyModel
 from .measurements import BackendMeasurements, Measurements, key_of
-from .recurrent import StepwiseTarget
+from .recurrent import RecurrentTarget
 from .static.forward import StaticForward
 
 logger = logging.getLogger(__name__)
@@ -45,18 +45,18 @@ have run on no accelerator yet: a type comes in once `pytest -m gpu` has passed 
 
 
 @dataclass(frozen=True, eq=False)
-class Way:
+class ExecutionBackend:
     """One of the ways in which a model's passes can be made, and what was measured of it."""
 
     probe: Probe
-    pass_times: PassTimes
-    packer: Packer | None = None
+    pass_times: LatencyModel
+    packer: Batcher | None = None
     """Makes passes of several texts in one; None where the model cannot take that."""
     static: StaticForward | None = None
     """Verifies drafts in passes of fixed shape; None: the library's own forward does."""
     missed: str | None = None
     """Why the model cannot be run in the way that was asked for, as a clause; None where it is."""
-    eager: Way | None = None
+    eager: ExecutionBackend | None = None
     """Takes over where a pass of fixed shape fails; None where that cannot happen."""
 
 
@@ -68,10 +68,10 @@ class PreparedModel:
     lock: threading.RLock
     fingerprint: str
     """Tells models apart whose choices differ; opaque."""
-    chosen: Way
+    chosen: ExecutionBackend
 
     @property
-    def way(self) -> Way:
+    def way(self) -> ExecutionBackend:
         """The way that was chosen, or that which took over from it."""
         static, eager = self.chosen.static, self.chosen.eager
         if static is None or static.failure is None or eager is None:
@@ -83,11 +83,11 @@ class PreparedModel:
         return self.way.probe
 
     @property
-    def pass_times(self) -> PassTimes:
+    def pass_times(self) -> LatencyModel:
         return self.way.pass_times
 
     @property
-    def packer(self) -> Packer | None:
+    def packer(self) -> Batcher | None:
         return self.way.packer
 
     @property
@@ -109,7 +109,7 @@ class PreparedModel:
     def start(self, *, marks: bool = False) -> KeptTarget:
         """A target that has read nothing yet; `marks`: it will be asked to come back to the end of a prompt."""
         if self.probe.branching == "none":
-            return StepwiseTarget(self.model, self.probe.continues, marks=marks)
+            return RecurrentTarget(self.model, self.probe.continues, marks=marks)
         return _target(self.model, self.way, marks=marks)
 
 
@@ -125,7 +125,7 @@ class _Known:
     key: str | None
     """Of its measurements on disk; None where they hold for this very object alone."""
     measurements: Measurements
-    ways: dict[Kind, Way]
+    ways: dict[Kind, ExecutionBackend]
     lock: threading.RLock
 
     def note(self, **found: Any) -> None:
@@ -175,7 +175,7 @@ class _Known:
         return bool(self.measurements.batches)
 
 
-def _instead(eager: Way, reason: str) -> Way:
+def _instead(eager: ExecutionBackend, reason: str) -> ExecutionBackend:
     """The way that takes over where a pass of fixed shape has failed."""
     return replace(eager, missed=f"one failed: {reason}")
 
@@ -283,7 +283,7 @@ def _known_of(model: PreTrainedModel) -> _Known:
         weights = fingerprint(model)
         key = key_of(model, weights)
         found = None if key is None else _confirmed(model, measurements.find(key))
-        times = PassTimes(kind_of(model), costs=found.eager.costs if found else None)
+        times = LatencyModel(kind_of(model), costs=found.eager.costs if found else None)
         known = _Known(state, parts, weights, key, found or _measured(model, times), {}, threading.RLock())
         known.ways["eager"] = _way(model, known, "eager", times)
         if found is None:
@@ -300,7 +300,7 @@ def _confirmed(model: PreTrainedModel, found: Measurements | None) -> Measuremen
     return None
 
 
-def _measured(model: PreTrainedModel, times: PassTimes) -> Measurements:
+def _measured(model: PreTrainedModel, times: LatencyModel) -> Measurements:
     """Probe a model that nothing is known of; `times` takes note of the passes."""
     name = type(model).__name__
     with progress.step(f"checking which drafts {name} verifies, once", quiet=True):
@@ -311,22 +311,24 @@ def _measured(model: PreTrainedModel, times: PassTimes) -> Measurements:
     return Measurements(BackendMeasurements(found, times.costs))
 
 
-def _way(model: PreTrainedModel, known: _Known, kind: Literal["eager", "static"], times: PassTimes) -> Way:
+def _way(
+    model: PreTrainedModel, known: _Known, kind: Literal["eager", "static"], times: LatencyModel
+) -> ExecutionBackend:
     """The way of a kind that was measured."""
     measured = known.measurements.static if kind == "static" else known.measurements.eager
     assert measured is not None
     trees = measured.probe.branching == "tree"
-    packer = Packer(times, known.lock, known.batches) if trees and known.measurements.batches is not False else None
-    way = Way(measured.probe, times, packer)
+    packer = Batcher(times, known.lock, known.batches) if trees and known.measurements.batches is not False else None
+    way = ExecutionBackend(measured.probe, times, packer)
     return replace(way, static=StaticForward(model), eager=known.ways[EAGER]) if kind == "static" else way
 
 
-def _static(model: PreTrainedModel, known: _Known) -> Way:
+def _static(model: PreTrainedModel, known: _Known) -> ExecutionBackend:
     """Passes of fixed shape, or the library's own where these are wrong or fail."""
     return _drained(_trying(model, known))
 
 
-def _trying(model: PreTrainedModel, known: _Known) -> Generator[None, None, Way]:
+def _trying(model: PreTrainedModel, known: _Known) -> Generator[None, None, ExecutionBackend]:
     """The same, a few passes a step."""
     try:
         way = (yield from _probing(model, known)) if known.measurements.static is None else _found(model, known)
@@ -338,10 +340,10 @@ def _trying(model: PreTrainedModel, known: _Known) -> Generator[None, None, Way]
     return way
 
 
-def _found(model: PreTrainedModel, known: _Known) -> Way:
+def _found(model: PreTrainedModel, known: _Known) -> ExecutionBackend:
     """Passes of fixed shape that were probed by an earlier process."""
     assert known.measurements.static is not None
-    times = PassTimes(kind_of(model), padded=True, costs=known.measurements.static.costs)
+    times = LatencyModel(kind_of(model), padded=True, costs=known.measurements.static.costs)
     way = _way(model, known, "static", times)
     if not is_confirmed(model, way.probe, way.static):
         known.note(static=None, static_wins=None)
@@ -349,7 +351,7 @@ def _found(model: PreTrainedModel, known: _Known) -> Way:
     return way
 
 
-def _probing(model: PreTrainedModel, known: _Known) -> Generator[None, None, Way]:
+def _probing(model: PreTrainedModel, known: _Known) -> Generator[None, None, ExecutionBackend]:
     """Passes of fixed shape, tried and timed. Raises ModelError where they are wrong, and what they raise."""
     eager = known.ways[EAGER]
     if eager.probe.branching != "tree":
@@ -357,29 +359,29 @@ def _probing(model: PreTrainedModel, known: _Known) -> Generator[None, None, Way
     static = StaticForward(model)
     yield
     found = yield from probing_static(model, static, eager.probe)
-    times = PassTimes(kind_of(model), padded=True)
+    times = LatencyModel(kind_of(model), padded=True)
     _time(EagerTarget(model, "tree", times, static=static))
     known.note(static=BackendMeasurements(found, times.costs))
-    return Way(found, times, Packer(times, known.lock, known.batches), static, eager=eager)
+    return ExecutionBackend(found, times, Batcher(times, known.lock, known.batches), static, eager=eager)
 
 
-def _drained(steps: Generator[None, None, Way]) -> Way:
+def _drained(steps: Generator[None, None, ExecutionBackend]) -> ExecutionBackend:
     """What steps return, all of them made at once."""
     while True:
         try:
             next(steps)
         except StopIteration as end:
-            way: Way = end.value
+            way: ExecutionBackend = end.value
             return way
 
 
-def _way_of(kind: Kind, model: PreTrainedModel, known: _Known) -> Way:
+def _way_of(kind: Kind, model: PreTrainedModel, known: _Known) -> ExecutionBackend:
     if kind not in known.ways:
         known.ways[kind] = _static(model, known)
     return known.ways[kind]
 
 
-def _faster(model: PreTrainedModel, known: _Known) -> Way:
+def _faster(model: PreTrainedModel, known: _Known) -> ExecutionBackend:
     """The way that won the race, if there was one: the library's own forward where there was none."""
     if _may_race(model) and known.measurements.static_wins:
         return _way_of("static", model, known)
@@ -423,7 +425,7 @@ def _run(target: EagerTarget) -> None:
         target.rewind(length)
 
 
-def _target(model: PreTrainedModel, way: Way, *, marks: bool = False) -> EagerTarget:
+def _target(model: PreTrainedModel, way: ExecutionBackend, *, marks: bool = False) -> EagerTarget:
     return EagerTarget(model, way.probe.branching, way.pass_times, marks=marks, packer=way.packer, static=way.static)
 
 

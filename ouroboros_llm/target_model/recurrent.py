@@ -11,10 +11,10 @@ from ..decoding.draft_tree import DraftTree
 from ..decoding.target import Branching
 from ..transformers_api import check_generates, forward_signature
 from .eager import shared_prefix
-from .recurrent_state import ForwardStates
+from .recurrent_state import RecurrentState
 
 
-class StepwiseTarget:
+class RecurrentTarget:
     """A `TargetModel` that carries whatever state the model returns from one pass to the next."""
 
     branching: Branching = "none"
@@ -28,7 +28,7 @@ class StepwiseTarget:
         continues: bool = False,
         *,
         marks: bool = False,
-        states: ForwardStates | None = None,
+        states: RecurrentState | None = None,
     ) -> None:
         """`continues`: whether passes over several tokens go on from a state rightly, as `probe` found; `marks`: keep
         what it takes to come back to the end of a prompt.
@@ -38,7 +38,7 @@ class StepwiseTarget:
         """
         self.model, self._continues, self._marks, self._marked = model, continues, marks, True
         self.token_ids: list[int] = []
-        self._states = states or ForwardStates(lambda: None)
+        self._states = states or RecurrentState(lambda: None)
         self._pending: tuple[int, ...] = ()
         check_generates(model)
         self._signature = forward_signature(model)
@@ -78,8 +78,8 @@ class StepwiseTarget:
     def reach(self, length: int) -> int:
         return self._states.reach(min(length, len(self.token_ids))) if self.reusable else 0
 
-    def fork(self, length: int) -> StepwiseTarget:
-        other = StepwiseTarget(self.model, self._continues, marks=self._marks, states=self._states.copy(length))
+    def fork(self, length: int) -> RecurrentTarget:
+        other = RecurrentTarget(self.model, self._continues, marks=self._marks, states=self._states.copy(length))
         other.token_ids = self.token_ids[:length]
         return other
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 
-class ForwardStates:
+class RecurrentState:
     """States of a text that can be lengthened, but taken back only to where they were marked, or to nothing."""
 
     def __init__(self, new: Callable[[], Any]) -> None:
@@ -35,9 +35,9 @@ class ForwardStates:
         self.length, self.now = length, self._marked[1] if length else self._new()
         self._marked = (0, None)
 
-    def copy(self, length: int) -> ForwardStates:
+    def copy(self, length: int) -> RecurrentState:
         """A copy of the first `length` tokens' states that shares nothing; raises like `rewind`."""
-        other = ForwardStates(self._new)
+        other = RecurrentState(self._new)
         if length and length == self._marked[0]:
             other.length, other.now = length, copy.deepcopy(self._marked[1])
         elif length:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from ouroboros_llm.phrase_pool.base import AnswerBook, Notebook, Phrase, PhrasePool, PoolStats
+from ouroboros_llm.phrase_pool.base import AnswerIndex, NoteStore, Phrase, PhrasePool, PoolStats
 from ouroboros_llm.phrase_pool.memory import MemoryPool, Run
 
 from .buffer import Buffer, NoteBuffer, Nowhere
@@ -162,14 +162,14 @@ class LayeredPool:
         return PoolStats(sum(stats.runs for stats in found), sum(stats.tokens for stats in found))
 
     def remember(self, notes: Mapping[str, bytes]) -> None:
-        if isinstance(self.pools[0], Notebook):
+        if isinstance(self.pools[0], NoteStore):
             self.pools[0].remember(notes)
 
     def recall(self, prefix: str) -> Mapping[str, bytes]:
-        return self.pools[0].recall(prefix) if isinstance(self.pools[0], Notebook) else {}
+        return self.pools[0].recall(prefix) if isinstance(self.pools[0], NoteStore) else {}
 
     def noted_run(self, name: str) -> tuple[int, ...]:
-        return self.pools[0].noted_run(name) if isinstance(self.pools[0], AnswerBook) else ()
+        return self.pools[0].noted_run(name) if isinstance(self.pools[0], AnswerIndex) else ()
 
     def refresh(self) -> None:
         """Take in what other processes flushed since, in every pool that can."""

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ...decoding.draft_tree import MAX_WIDTH
 from ..latency import on
-from ..static.tree_attention import Placed
+from ..static.tree_attention import CachePointers
 
 _ROWS, _BLOCK = 64, 64
 """Queries and slots of a tile at most."""
@@ -32,7 +32,7 @@ def attend_in_place(
     key: torch.Tensor,
     value: torch.Tensor,
     first: torch.Tensor,
-    placed: Placed,
+    placed: CachePointers,
     layer: int,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -104,7 +104,9 @@ def move_slots(buffers: Sequence[torch.Tensor], start: int, slots: Sequence[int]
             )  # fmt: skip
 
 
-def move_nodes(placed: Placed, order: torch.Tensor, places: torch.Tensor, like: torch.Tensor, heads: int) -> None:
+def move_nodes(
+    placed: CachePointers, order: torch.Tensor, places: torch.Tensor, like: torch.Tensor, heads: int
+) -> None:
     """Put keys and values of the nodes `order` [width] behind the text, though source and destination overlap.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 
 from ...transformers_api import Cache, CacheLayer, complete_layer, register_attention
 from ..kv_cache import SlotLayer
-from .tree_attention import Nodes, Sees, attend
+from .tree_attention import DraftInputs, Sees, attend
 
 _numbers = count()
 
@@ -23,16 +23,16 @@ class Attention(Protocol):
     def in_place(self) -> bool:
         """Whether layers keep nothing of a text, which is found by the addresses that come with the nodes."""
 
-    def layer(self, number: int, own: SlotLayer, nodes: Nodes, counts: bool) -> CacheLayer:
+    def layer(self, number: int, own: SlotLayer, nodes: DraftInputs, counts: bool) -> CacheLayer:
         """A layer for the length of a pass, or for as long as `nodes` are. `counts`: whether it is to say how long the
         text is."""
 
-    def seen(self, nodes: Nodes, sees: Sees, slots: int, local_size: int | None) -> torch.Tensor:
+    def seen(self, nodes: DraftInputs, sees: Sees, slots: int, local_size: int | None) -> torch.Tensor:
         """What nodes see in a kind of layer, in whatever form `attend` takes it."""
 
     def attend(
         self,
-        nodes: Nodes,
+        nodes: DraftInputs,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -43,20 +43,20 @@ class Attention(Protocol):
     ) -> torch.Tensor:
         """[1, width, heads, value size] of query [1, heads, width, size], and what the layer's `update` returned."""
 
-    def move(self, nodes: Nodes, order: torch.Tensor, states: Cache) -> None:
+    def move(self, nodes: DraftInputs, order: torch.Tensor, states: Cache) -> None:
         """Put keys and values of the nodes `order` [width] behind the text, in every layer of `states`."""
 
 
 def attention_for(device: torch.device) -> Attention:
     """In place where there are kernels for a device, else over all slots."""
     if device.type == "cuda" and find_spec("triton") is not None:
-        from .in_place import InPlace
+        from .in_place import PointerAttention
 
-        return InPlace()
-    return OverSlots()
+        return PointerAttention()
+    return MaskedAttention()
 
 
-class Attending:
+class AttentionBackend:
     """Two functions that are registered with the library for one model, and who attends at the moment.
 
     It holds nothing of the model, so that it can outlive it.
@@ -65,7 +65,7 @@ class Attending:
     def __init__(self, attention: Attention) -> None:
         self.name = f"ouroboros_{next(_numbers)}"
         self.attention = attention
-        self.nodes: Nodes | None = None
+        self.nodes: DraftInputs | None = None
         self.calls = 0
         """Layers that attended in this pass."""
         register_attention(self.name, self.attend, self.seen)
@@ -96,20 +96,20 @@ class Attending:
         return found, None
 
 
-class OverSlots:
+class MaskedAttention:
     """Plain operations, over all slots that there are."""
 
     in_place = False
 
-    def layer(self, number: int, own: SlotLayer, nodes: Nodes, counts: bool) -> CacheLayer:
+    def layer(self, number: int, own: SlotLayer, nodes: DraftInputs, counts: bool) -> CacheLayer:
         return SlotsLayer(own, nodes, counts)
 
-    def seen(self, nodes: Nodes, sees: Sees, slots: int, local_size: int | None) -> torch.Tensor:
+    def seen(self, nodes: DraftInputs, sees: Sees, slots: int, local_size: int | None) -> torch.Tensor:
         return nodes.seen(sees, slots)
 
     def attend(
         self,
-        nodes: Nodes,
+        nodes: DraftInputs,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -120,7 +120,7 @@ class OverSlots:
     ) -> torch.Tensor:
         return attend(query, key, value, seen, scaling, softcap, sinks)
 
-    def move(self, nodes: Nodes, order: torch.Tensor, states: Cache) -> None:
+    def move(self, nodes: DraftInputs, order: torch.Tensor, states: Cache) -> None:
         layers: Sequence[Any] = states.layers
         for layer in layers:
             layer.move(order)
@@ -133,7 +133,7 @@ class SlotsLayer(CacheLayer):
     # Windows are for the mask: the library's own sliding layers move their slots, which nodes of a tree cannot share.
     is_compileable = True
 
-    def __init__(self, own: SlotLayer, nodes: Nodes, counts: bool) -> None:
+    def __init__(self, own: SlotLayer, nodes: DraftInputs, counts: bool) -> None:
         super().__init__()
         self._own, self._nodes, self._counts, self.is_initialized = own, nodes, counts, True
 

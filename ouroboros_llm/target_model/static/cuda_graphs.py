@@ -18,14 +18,14 @@ Step = Callable[[int], Results]
 """A pass of so many nodes; what comes of it is the longer, along the first dimension, the wider the pass is."""
 
 
-class Recorder(Protocol):
-    """Records work of a device; `CudaRecorder` is the one there is, tests bring another."""
+class GraphCapturer(Protocol):
+    """Records work of a device; `CudaGraphCapturer` is the one there is, tests bring another."""
 
     def record(self, run: Run) -> Run:
         """Do the work a few times, record it; what does it again. It must wait for nothing and move no tensor."""
 
 
-class CudaRecorder:
+class CudaGraphCapturer:
     """CUDA graphs that share one pool of memory, so that only one of them may be used at a time."""
 
     def __init__(self, device: torch.device) -> None:
@@ -47,11 +47,11 @@ class CudaRecorder:
         return graph.replay
 
 
-class Recordings:
+class CudaGraphs:
     """One recording for each width, made when it is wanted first; the widest before all others."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder: Recorder | None = recorder
+    def __init__(self, recorder: GraphCapturer) -> None:
+        self._recorder: GraphCapturer | None = recorder
         self._replays: dict[tuple[int, Hashable], tuple[Run, Results]] = {}
         self._results: dict[Hashable, Results] = {}
         """Of the widest pass of each kind, outside of what recordings share; narrower ones use a part of them."""

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from ...decoding.draft_tree import DraftTree
-from ...decoding.target import Greedy, Walked
+from ...decoding.target import DeviceAcceptance, GreedyAcceptance
 from ...decoding.verification import accept
-from .tree_attention import Nodes
+from .tree_attention import DraftInputs
 
 
-def accepted(nodes: Nodes, likeliest: torch.Tensor) -> torch.Tensor:
+def accepted(nodes: DraftInputs, likeliest: torch.Tensor) -> torch.Tensor:
     """[width], whether greedy decoding accepts each node; `likeliest` [width] are the target's choices.
 
     A node is where the walk gets to if it and all its ancestors were guessed rightly.
@@ -27,7 +27,7 @@ def accepted(nodes: Nodes, likeliest: torch.Tensor) -> torch.Tensor:
     return reached
 
 
-def order(nodes: Nodes, accepted: torch.Tensor) -> torch.Tensor:
+def order(nodes: DraftInputs, accepted: torch.Tensor) -> torch.Tensor:
     """[width], the node whose keys and values belong to each place behind the text: in front those of the path, one
     behind the other, and everywhere else the place's own."""
     depths = nodes.positions[0] - nodes.length
@@ -38,7 +38,7 @@ def order(nodes: Nodes, accepted: torch.Tensor) -> torch.Tensor:
 
 
 def found(
-    accepted: torch.Tensor, likeliest: torch.Tensor, logits: torch.Tensor, nodes: Nodes, count: int
+    accepted: torch.Tensor, likeliest: torch.Tensor, logits: torch.Tensor, nodes: DraftInputs, count: int
 ) -> torch.Tensor:
     """One row of 64-bit numbers, for `read`: a bit for each accepted node, the likeliest token after each node, and
     `count` of the likeliest with their chances among each other."""
@@ -51,7 +51,7 @@ def found(
     return torch.cat(parts)
 
 
-def checked(walked: Walked, draft: DraftTree, greedy: Greedy) -> Walked:
+def checked(walked: DeviceAcceptance, draft: DraftTree, greedy: GreedyAcceptance) -> DeviceAcceptance:
     """Compare the path of a walk with what `accept` makes of the same numbers.
 
     Raises:
@@ -66,16 +66,16 @@ def checked(walked: Walked, draft: DraftTree, greedy: Greedy) -> Walked:
     return walked
 
 
-def read(row: torch.Tensor, padded: int, width: int) -> Walked:
+def read(row: torch.Tensor, padded: int, width: int) -> DeviceAcceptance:
     """What `found` put into a row of a pass that was padded; the host waits for it here."""
     bits, *numbers = row.tolist()
     path = tuple(node for node in range(width) if bits >> node & 1)
     ids, chances = np.array(numbers[padded:], dtype=np.int64).reshape(2, -1)
     count = ids.size // padded
     if not count:
-        return Walked(numbers[:width], (), path)
+        return DeviceAcceptance(numbers[:width], (), path)
     of_nodes = (
         part.reshape(padded, count)[:width].tolist() for part in (ids, chances.astype(np.int32).view(np.float32))
     )
     successors = tuple(tuple(zip(*both, strict=True)) for both in zip(*of_nodes, strict=True))
-    return Walked(numbers[:width], successors, path)
+    return DeviceAcceptance(numbers[:width], successors, path)

@@ -15,20 +15,20 @@ import torch
 from transformers import PreTrainedModel
 
 from ...decoding.draft_tree import MAX_WIDTH, DraftTree
-from ...decoding.target import Greedy
+from ...decoding.target import GreedyAcceptance
 from ...errors import ModelError
 from ...transformers_api import Cache, forward_signature, unregister_attention, use_attention
 from ..failures import out_of_memory, reason_of
 from ..kv_cache import SlotCache
 from ..latency import on, padded
-from .attention_backend import Attending, Attention, attention_for
-from .cuda_graphs import CudaRecorder, Recorder, Recordings, Results
+from .attention_backend import Attention, AttentionBackend, attention_for
+from .cuda_graphs import CudaGraphCapturer, CudaGraphs, GraphCapturer, Results
 from .device_accept import accepted, found, order
 from .fused_ops import Operations, operations_for
 from .fusion import fuse
-from .lm_head import put_float32_head
-from .shared_weights import twin_of
-from .tree_attention import Nodes
+from .lm_head import replace_lm_head
+from .shared_weights import clone_sharing_weights
+from .tree_attention import DraftInputs
 
 
 class StaticForward:
@@ -50,7 +50,7 @@ class StaticForward:
         self,
         model: PreTrainedModel,
         attention: Attention | None = None,
-        recorder: Recorder | None = None,
+        recorder: GraphCapturer | None = None,
         operations: Operations | None = None,
     ) -> None:
         """`attention`, `recorder`, `operations`: None: what is best on the model's device; operations, if there are any
@@ -61,10 +61,10 @@ class StaticForward:
         """
         if len({parameter.device for parameter in model.parameters()}) > 1 or hasattr(model, "hf_device_map"):
             raise ModelError("its layers are spread over devices")
-        self._attending = Attending(attention or attention_for(model.device))
+        self._attending = AttentionBackend(attention or attention_for(model.device))
         weakref.finalize(self, unregister_attention, self._attending.name)
-        self.model = twin_of(model)
-        put_float32_head(self.model)
+        self.model = clone_sharing_weights(model)
+        replace_lm_head(self.model)
         self.reader = _reader(model)
         operations = operations or operations_for(model.device)
         self.fused = fuse(self.model, operations) if operations else Counter[str]()
@@ -77,9 +77,9 @@ class StaticForward:
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         # Only layers that keep nothing of a text can be recorded for all of them.
         if recorder is None and model.device.type == "cuda" and self._in_place:
-            recorder = CudaRecorder(model.device)
-        self._recordings = Recordings(recorder) if recorder else None
-        self._nodes: dict[int, Nodes] = {}
+            recorder = CudaGraphCapturer(model.device)
+        self._recordings = CudaGraphs(recorder) if recorder else None
+        self._nodes: dict[int, DraftInputs] = {}
 
     @torch.inference_mode()
     def verify(self, draft: DraftTree, length: int, cache: SlotCache) -> torch.Tensor:
@@ -96,7 +96,7 @@ class StaticForward:
         return logits[: draft.width]
 
     @torch.inference_mode()
-    def walk(self, draft: DraftTree, length: int, cache: SlotCache, greedy: Greedy) -> torch.Tensor:
+    def walk(self, draft: DraftTree, length: int, cache: SlotCache, greedy: GreedyAcceptance) -> torch.Tensor:
         """As `verify`, and the walk down `draft`. When the pass is over, keys and values of the path lie behind
         the text, one after the other.
 
@@ -106,7 +106,7 @@ class StaticForward:
         (row,) = self._pass(draft, length, cache, greedy)
         return row
 
-    def ready(self, width: int, greedy: Greedy | None = None) -> bool:
+    def ready(self, width: int, greedy: GreedyAcceptance | None = None) -> bool:
         """Whether a pass over a draft of that width is made as all later ones are, with nothing to prepare."""
         return self._recordings is None or width > MAX_WIDTH or self._recordings.complete(padded(width), _kind(greedy))
 
@@ -118,7 +118,7 @@ class StaticForward:
         self.on_failure(error)
         return True
 
-    def _pass(self, draft: DraftTree, length: int, cache: SlotCache, greedy: Greedy | None) -> Results:
+    def _pass(self, draft: DraftTree, length: int, cache: SlotCache, greedy: GreedyAcceptance | None) -> Results:
         width, guesses = padded(draft.width), greedy.guesses(draft) if greedy else ()
         cache.rewind(length)
         cache.reserve(length + (MAX_WIDTH if self._recordings else width))
@@ -138,7 +138,7 @@ class StaticForward:
         cache.extend(draft.width)
         return results
 
-    def _checked(self, nodes: Nodes, cache: SlotCache, greedy: Greedy | None, moves: bool) -> Results:
+    def _checked(self, nodes: DraftInputs, cache: SlotCache, greedy: GreedyAcceptance | None, moves: bool) -> Results:
         self._attending.calls = 0
         states = self.shown(nodes, cache)
         logits = self.step(nodes, states)
@@ -146,7 +146,7 @@ class StaticForward:
             raise RuntimeError(f"{calls} of {self._layers} layers use the library's attention interface")
         return (logits,) if greedy is None else (self.walked(nodes, states, logits, greedy.count, moves),)
 
-    def walked(self, nodes: Nodes, states: Cache, logits: torch.Tensor, count: int, moves: bool) -> torch.Tensor:
+    def walked(self, nodes: DraftInputs, states: Cache, logits: torch.Tensor, count: int, moves: bool) -> torch.Tensor:
         """What a walk down the nodes finds, on the device alone; what is to be `moved` is."""
         # A row without numbers has no likeliest token; `walk.checked` finds it, and the device need not be waited for.
         likeliest = torch.where(logits.isnan().any(-1), -1, logits.argmax(-1))
@@ -155,24 +155,26 @@ class StaticForward:
             self._attending.attention.move(nodes, order(nodes, path), states)
         return found(path, likeliest, logits, nodes, count)
 
-    def step(self, nodes: Nodes, states: Cache) -> torch.Tensor:
+    def step(self, nodes: DraftInputs, states: Cache) -> torch.Tensor:
         """The pass itself, on the device alone; logits [padded width, vocabulary]."""
         self._attending.nodes = nodes
         output = self._signature.call(self.model, nodes.ids, states, position_ids=nodes.positions)
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def shown(self, nodes: Nodes, cache: SlotCache) -> Cache:
+    def shown(self, nodes: DraftInputs, cache: SlotCache) -> Cache:
         """The text's slots as a pass over `nodes` reads and writes them."""
         layers: Sequence[Any] = cache.states.layers
         show = self._attending.attention.layer
         return Cache(layers=[show(number, layer, nodes, self._counts) for number, layer in enumerate(layers)])
 
-    def filled(self, width: int, draft: DraftTree, length: int, cache: SlotCache, guesses: Sequence[int] = ()) -> Nodes:
+    def filled(
+        self, width: int, draft: DraftTree, length: int, cache: SlotCache, guesses: Sequence[int] = ()
+    ) -> DraftInputs:
         """The nodes of that width, which are those of `draft` from now on."""
         layers = len(cache.states.layers) if self._in_place else 0
         if width not in self._nodes:
-            self._nodes[width] = Nodes(width, self.model.device, layers)
+            self._nodes[width] = DraftInputs(width, self.model.device, layers)
         addresses = cache.addresses() if layers else ()
         self._nodes[width].fill(draft, length, self._vocabulary, cache.capacity, addresses, guesses)
         return self._nodes[width]
@@ -182,11 +184,11 @@ class StaticForward:
         return self._attending.attention.in_place
 
 
-def _kind(greedy: Greedy | None) -> int | None:
+def _kind(greedy: GreedyAcceptance | None) -> int | None:
     """Passes of one kind do the same."""
     return None if greedy is None else greedy.count
 
 
 def _reader(model: PreTrainedModel) -> PreTrainedModel | None:
-    twin = twin_of(model)
-    return twin if put_float32_head(twin) else None
+    twin = clone_sharing_weights(model)
+    return twin if replace_lm_head(twin) else None

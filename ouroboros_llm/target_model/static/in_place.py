@@ -1,7 +1,7 @@
 """Attention by kernels that find a text's keys and values by their addresses.
 
-A layer keeps nothing of a text: the numbers in `Nodes` say whose buffers they are, how long the text is and how many
-slots there are. So one recorded pass serves every text, however long it is or grows.
+A layer keeps nothing of a text: the numbers in `DraftInputs` say whose buffers they are, how long the text is and how
+many slots there are. So one recorded pass serves every text, however long it is or grows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from ...transformers_api import Cache, CacheLayer, complete_layer
 from ..kv_cache import SlotLayer
-from .tree_attention import Nodes, Sees
+from .tree_attention import DraftInputs, Sees
 
 Reach = Literal["all", "window", "chunk"]
 """What of the text before them nodes see: everything, the last so many positions, or those of their own chunk."""
@@ -22,7 +22,7 @@ _Kind = tuple[int, int, torch.dtype]
 """Heads, size and precision of a buffer."""
 
 
-class InPlace:
+class PointerAttention:
     """Attention whose layers keep nothing of a text."""
 
     in_place = True
@@ -40,7 +40,7 @@ class InPlace:
         """By place among the addresses."""
         self._alike: list[tuple[torch.Tensor, torch.Tensor, int]] | None = None
 
-    def layer(self, number: int, own: SlotLayer, nodes: Nodes, counts: bool) -> CacheLayer:
+    def layer(self, number: int, own: SlotLayer, nodes: DraftInputs, counts: bool) -> CacheLayer:
         if own.is_initialized:
             for place, states in ((2 * number, own.keys), (2 * number + 1, own.values)):
                 kind = (states.shape[1], states.shape[3], states.dtype)
@@ -48,7 +48,7 @@ class InPlace:
                     self._buffers[place], self._alike = kind, None
         return PlacedLayer(self, number, nodes, counts)
 
-    def seen(self, nodes: Nodes, sees: Sees, slots: int, local_size: int | None) -> torch.Tensor:
+    def seen(self, nodes: DraftInputs, sees: Sees, slots: int, local_size: int | None) -> torch.Tensor:
         """[width], the first position that each node sees."""
         if local_size not in self._reaches:
             self._reaches[local_size] = reach_of(sees, local_size, nodes.ids.device)
@@ -56,7 +56,7 @@ class InPlace:
 
     def attend(
         self,
-        nodes: Nodes,
+        nodes: DraftInputs,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -73,7 +73,7 @@ class InPlace:
         )
         return found
 
-    def move(self, nodes: Nodes, order: torch.Tensor, states: Cache) -> None:
+    def move(self, nodes: DraftInputs, order: torch.Tensor, states: Cache) -> None:
         if self._alike is None:
             # Before anything is recorded: passes are made a few times by then.
             self._alike = [*_alike(self._buffers, order.device)]
@@ -95,7 +95,7 @@ class PlacedLayer(CacheLayer):
 
     is_compileable = True
 
-    def __init__(self, attention: InPlace, number: int, nodes: Nodes, counts: bool) -> None:
+    def __init__(self, attention: PointerAttention, number: int, nodes: DraftInputs, counts: bool) -> None:
         super().__init__()
         self._attention, self._number, self._nodes, self._counts = attention, number, nodes, counts
         self.is_initialized = True

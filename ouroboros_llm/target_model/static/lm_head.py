@@ -14,7 +14,7 @@ _RESCORED = 8
 """Logits of each row that are computed again where a product cannot be had in single precision."""
 
 
-class Float32Head(nn.Module):
+class Float32LMHead(nn.Module):
     """An output head that answers in float32 from the half precision weights that it shares with another."""
 
     def __init__(self, head: nn.Linear) -> None:
@@ -42,12 +42,12 @@ class Float32Head(nn.Module):
         return rough.minimum(logits.amin(-1, keepdim=True)).scatter(-1, likeliest, logits)
 
 
-def put_float32_head(twin: PreTrainedModel) -> bool:
+def replace_lm_head(twin: PreTrainedModel) -> bool:
     """Exchange the output head of a twin; whether there was any need, and a plain matrix in its place."""
     head: Any = twin.get_output_embeddings()  # type: ignore[no-untyped-call]
     if type(head) is not nn.Linear or head.weight.dtype not in _HALVES:
         return False
-    exchanged = Float32Head(head)
+    exchanged = Float32LMHead(head)
     for module in twin.modules():
         for name, child in module._modules.items():
             if child is head:

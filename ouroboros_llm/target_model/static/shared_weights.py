@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def twin_of(model: PreTrainedModel) -> PreTrainedModel:
+def clone_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A model of copied modules that hold the very parameters and buffers of `model`.
 
     Weights that are changed in place or moved later are seen by both; a module put in another's place is not.

@@ -23,7 +23,7 @@ _ROWS = 6
 """Numbers of each node."""
 
 
-class Nodes:
+class DraftInputs:
     """The nodes of one pass, in tensors that stay where they are: a pass over other nodes is other numbers in them.
 
     Attributes:
@@ -83,8 +83,8 @@ class Nodes:
         self._row.copy_(self._staged, non_blocking=True)
 
     @property
-    def placed(self) -> Placed:
-        return Placed(self.length, self.capacity, self.buffers, self.positions[0], self.lineage)
+    def placed(self) -> CachePointers:
+        return CachePointers(self.length, self.capacity, self.buffers, self.positions[0], self.lineage)
 
     def seen(self, sees: Sees, slots: int) -> torch.Tensor:
         """[1, 1, width, slots]: whether the row's node sees the column's slot in a kind of layer."""
@@ -100,7 +100,7 @@ class Nodes:
         return seen
 
 
-class Placed(NamedTuple):
+class CachePointers(NamedTuple):
     """Where a pass takes place, in tensors that stay where they are, 64-bit numbers all of them."""
 
     length: torch.Tensor
@@ -137,7 +137,7 @@ def attend(
     Args:
         query: [1, heads, width, size].
         key, value: [1, key heads, slots, size].
-        seen: [1, 1, width, slots], as `Nodes.seen` gives it.
+        seen: [1, 1, width, slots], as `DraftInputs.seen` gives it.
         scaling: of the scores; None: 1 / sqrt(size).
         softcap: what scores are squeezed below.
         sinks: [heads], scores that take their share of attention and bring nothing.

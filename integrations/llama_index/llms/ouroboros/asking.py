@@ -8,7 +8,7 @@ from contextvars import Context, copy_context
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ouroboros_llm import ContextLengthError, DecodingOptions, OptionError, Piece
+from ouroboros_llm import ContextLengthError, DecodingOptions, OptionError, StreamChunk
 from ouroboros_llm.chat.exchange import Exchange
 from ouroboros_llm.chat.reply_spec import Asked
 from ouroboros_llm.serving.stream import off_the_loop
@@ -32,15 +32,15 @@ class Asking:
     scopes: Mapping[str, Any]
     _exchange: Exchange | None = None
 
-    def pieces(self) -> Generator[Piece]:
+    def pieces(self) -> Generator[StreamChunk]:
         """What the model says, in the scope that holds here, wherever it is read. Closing it closes the generation."""
         return self._pieces(copy_context())
 
-    def apieces(self) -> AsyncGenerator[Piece]:
+    def apieces(self) -> AsyncGenerator[StreamChunk]:
         """As `pieces`; what takes time happens in other threads."""
         return off_the_loop(self._start)
 
-    def read(self, piece: Piece, said: Said) -> bool:
+    def read(self, piece: StreamChunk, said: Said) -> bool:
         """Add to what was `said`; returns whether anything is new."""
         if self._exchange is not None:
             deltas = self._exchange.push(piece)
@@ -48,14 +48,14 @@ class Asking:
             deltas = [ContentDelta(piece.text)] if piece.text else []
         return said.add(deltas, piece.result)
 
-    def _pieces(self, context: Context) -> Generator[Piece]:
+    def _pieces(self, context: Context) -> Generator[StreamChunk]:
         pieces: Any = context.run(self._start)
         try:
             yield from pieces
         finally:
             pieces.close()
 
-    def _start(self) -> Iterator[Piece]:
+    def _start(self) -> Iterator[StreamChunk]:
         ouroboros = self.llm.load()
         found = self.prompt.form(self.asked, bool(ouroboros.tokenizer.chat_template))
         with our_names():

@@ -24,7 +24,7 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from ouroboros_llm import DecodingOptions, OptionError, Ouroboros
 from ouroboros_llm.chat.reply_spec import REPLY_SETTINGS
 from ouroboros_llm.defaults import DEFAULT_STORE, default_model, shared
-from ouroboros_llm.models.metadata import ModelFacts, facts_of
+from ouroboros_llm.models.metadata import ModelMetadata, read_metadata
 from ouroboros_llm.options import SETTINGS
 from ouroboros_llm.scopes import corpus_of, current_scope
 
@@ -122,7 +122,7 @@ class ConfiguredLLM(FunctionCallingLLM):
     )
 
     _loaded: Ouroboros | None = PrivateAttr(default=None)
-    _facts: ModelFacts | None = PrivateAttr(default=None)
+    _facts: ModelMetadata | None = PrivateAttr(default=None)
 
     def load(self) -> Ouroboros:
         """The `Ouroboros` that answers, loaded by the first call that needs it.
@@ -149,7 +149,7 @@ class ConfiguredLLM(FunctionCallingLLM):
             return metadata_of(loaded_facts(ouroboros), ouroboros.name, self.max_tokens, self.context_window)
         name = self.model or default_model()
         if self._facts is None:
-            self._facts = facts_of(name)
+            self._facts = read_metadata(name)
         return metadata_of(self._facts, name, self.max_tokens, self.context_window)
 
     def to_payload(self) -> dict[str, Any]:

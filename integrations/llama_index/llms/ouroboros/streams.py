@@ -6,15 +6,15 @@ from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing, closing
 from typing import TypeVar
 
-from ouroboros_llm import Piece
+from ouroboros_llm import StreamChunk
 from ouroboros_llm.serving.stream import place
 
 from .asking import Asking
 from .responses import Respond, Said
 
 R = TypeVar("R")
-Pieces = Generator[Piece, None, None]
-AsyncPieces = AsyncGenerator[Piece, None]
+Pieces = Generator[StreamChunk, None, None]
+AsyncPieces = AsyncGenerator[StreamChunk, None]
 
 
 def cumulative(asking: Asking, pieces: Pieces, respond: Respond[R]) -> Generator[R, None, None]:

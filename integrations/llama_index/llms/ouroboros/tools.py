@@ -12,12 +12,12 @@ from llama_index.core.tools.types import BaseTool, ToolMetadata
 from pydantic import BaseModel
 
 from ouroboros_llm import OptionError
-from ouroboros_llm.chat.reply_spec import Asked, asked_of, distinct
+from ouroboros_llm.chat.reply_spec import Asked, distinct, parse_reply_spec
 
 
 def asked(settings: Mapping[str, Any]) -> Asked:
     """What the keywords of a call say of its reply. Raises OptionError."""
-    return asked_of(settings, openai_tools(settings.get("tools") or ()), schema_of)
+    return parse_reply_spec(settings, openai_tools(settings.get("tools") or ()), schema_of)
 
 
 def openai_tools(tools: Sequence[BaseTool | Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
