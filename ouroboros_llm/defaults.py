@@ -1,4 +1,4 @@
-"""What a caller who says nothing gets, and weights loaded once per process."""
+"""Environment defaults, and process-wide shared instances."""
 
 from __future__ import annotations
 

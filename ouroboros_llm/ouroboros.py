@@ -48,7 +48,7 @@ DEFAULT_MAX_NEW_TOKENS = 512
 
 
 class Asked(TypedDict, total=False):
-    """What may be said of a call beside its prompt; `Ouroboros.stream` says what each is."""
+    """Keyword arguments of generate, agenerate and astream; `Ouroboros.stream` says what each is."""
 
     scope: str | None
     read_scopes: Sequence[str]
@@ -99,9 +99,8 @@ class Ouroboros:
                 accelerators yet, so "auto" is eager there. Where a static pass fails, the library's own forward
                 verifies the same draft and all later ones, with one warning in the log.
             documents: texts that answers may quote, whoever asks (`documents_pool`); only read.
-            max_active, max_waiting: answers that take turns at once, and further ones that may wait; whoever comes
-                then gets QueueFullError. They hold for the model, whoever wraps it. None: as they are, 16 and 1,024 at
-                first.
+            max_active, max_waiting: concurrent requests, and queued requests; beyond that, QueueFullError. They hold
+                for the model, whoever wraps it. None: as they are, 16 and 1,024 at first.
 
         Raises:
             ModelError: not a causal language model. TokenizerMismatchError: draft and target vocabularies differ.
@@ -157,8 +156,8 @@ class Ouroboros:
 
     @property
     def model_fingerprint(self) -> str:
-        """Tells models apart whose choices differ: a hash of the architecture and of a sample of the weights, and their
-        precision. Opaque."""
+        """Opaque id; equal only for models that produce the same tokens: a hash of the architecture and of a sample of
+        the weights, and their precision."""
         return f"{self._prepared.fingerprint}-{self.model.dtype}".replace("torch.", "")
 
     @property
@@ -214,7 +213,7 @@ class Ouroboros:
             ).whole()
             for prompt, own, wanted in each
         ]
-        # More than take turns, so that no place is empty whichever ends first; all of them would only fill the queue.
+        # Start more than max_active so that no slot idles; starting all would only fill the queue.
         places = self._worker.max_active
         return results(streams, ahead=places + min(places, self._worker.max_waiting))
 

@@ -1,4 +1,4 @@
-"""Which scope holds here, where a call does not say it."""
+"""The ambient scope (a context variable)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said to models in words, where their chat template has no place for it."""
+"""Prompt fallbacks for chat templates without tools, tool results or system role."""
 
 from __future__ import annotations
 

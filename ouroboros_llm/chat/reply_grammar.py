@@ -1,4 +1,4 @@
-"""Where replies that must have a form meet the decoder's grammars."""
+"""Grammars for forced tool calls and structured output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reply is to be: free text, calls of tools, or JSON of a schema."""
+"""The requested reply: text, tool calls, or JSON for a schema."""
 
 from __future__ import annotations
 

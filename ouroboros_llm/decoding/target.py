@@ -34,8 +34,7 @@ class GreedyAcceptance:
         return max(self.successors, 2) if self.successors else 0
 
     def guesses(self, draft: DraftTree) -> list[int]:
-        """Per node: the token that has to be chosen after its parent for the walk to step into it; -1 where it never
-        does."""
+        """Per node: the token that accepts this node; -1 if it can never be accepted."""
         return [
             token_id
             if 0 < node

@@ -1,4 +1,4 @@
-"""Guesses from the answer that was given to this very prompt before, or to one that ends alike.
+"""Drafts the cached answer of an identical prompt, or of one with the same last 64 tokens.
 
 Agents retry, pipelines run again, users ask twice: then the whole answer is one phrase, and no shorter match says how
 sure it is.

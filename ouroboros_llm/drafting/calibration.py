@@ -1,4 +1,4 @@
-"""Chances that mean what they say: how often guesses on like evidence were right."""
+"""Calibrated acceptance probabilities, learned online per evidence bucket."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class CostTracker:
         return pays
 
     def spent(self, seconds: float) -> None:
-        """A draft took so long."""
+        """Record the cost of one draft."""
         self._rounds += 1
         self._seconds += (seconds - self._seconds) / min(self._rounds, self._memory)
 

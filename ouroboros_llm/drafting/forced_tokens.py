@@ -25,7 +25,7 @@ class GrammarSource:
         self._place = place
 
     def open(self, context: Sequence[int]) -> None:
-        """The places belong to one text anyway."""
+        """Nothing to reset: `start` recomputes the state from the context."""
 
     def start(self, context: Sequence[int]) -> GrammarState:
         return self._place(context)

@@ -1,4 +1,4 @@
-"""Short ways from a place in a grammar to its end."""
+"""Finds a short completion from a grammar state, so that constrained output ends within its budget."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _TRIES = 8
 
 
 class GrammarState:
-    """Where a text of the grammar stands after one run of tokens, with `left` tokens to go at most.
+    """Grammar state after a token sequence, with `left` tokens of budget.
 
     Places are computed from the run of tokens alone, whether they were drafted or chosen, so what may come next never
     depends on drafts. Each remembers what was found out; drafting and choosing walk the same places.

@@ -28,7 +28,7 @@ def open_source(store: Any) -> PoolSource:
         return store
     try:
         source: Any = store_class()(store)
-        # What is merely out of order for now is mentioned when the first pool is opened.
+        # A temporary outage is reported later, when the first pool is opened.
         with suppress(StoreUnavailableError):
             source.setup()
         opened: PoolSource = source

@@ -1,4 +1,4 @@
-"""What becomes of threads when their process forks, and when it ends."""
+"""Fork and interpreter-exit safety for background threads."""
 
 from __future__ import annotations
 

@@ -74,9 +74,9 @@ class Request(Generic[Item]):
         after: Callable[[], None] | None = None,
         clock: RequestClock | None = None,
     ) -> None:
-        """`timeout`: seconds that it may wait and run, the time its caller leaves it paused not counted; `after`: what
-        remains to do when its steps are done and what others need not wait for; `clock`: what its steps look at, if
-        they want to know how long it has waited."""
+        """`timeout`: seconds that it may wait and run, the time its caller leaves it paused not counted; `after`: runs
+        in a background thread once the request has finished, e.g. flushing the store; `clock`: what its steps look at,
+        if they want to know how long it has waited."""
         self.steps, self.timeout, self.after = steps, timeout, after
         self.clock = clock or RequestClock()
         self.arrived: SimpleQueue[Item | End] = SimpleQueue()

@@ -1,4 +1,4 @@
-"""One thread per model that takes the steps of all requests in turn."""
+"""Round-robin scheduler: one thread per model runs one step of each active request."""
 
 from __future__ import annotations
 

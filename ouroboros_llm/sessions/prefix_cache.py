@@ -1,4 +1,4 @@
-"""Keys and values that outlive a turn: whose they are, how many bytes, and what goes first."""
+"""Prefix cache: KV caches kept between requests, with a byte budget and LRU eviction."""
 
 from __future__ import annotations
 
@@ -313,7 +313,7 @@ def _checked(name: str, limit: object) -> int:
 
 MEMORY = PrefixCache()
 guard(MEMORY.lock)
-"""Of the whole process."""
+"""The process-wide prefix cache."""
 
 
 def kv_usage() -> KVUsage:

@@ -33,7 +33,7 @@ class Session:
     draft_memory: LearnedState = field(default_factory=LearnedState)
     """What the draft model's own drafting learned."""
     worth: CostTracker = field(default_factory=lambda: CostTracker(memory=64, retry=8))
-    """Whether drafts pay here, and whether asking the draft model does."""
+    """Cost gates for drafting, and for the draft model."""
     draft_worth: CostTracker = field(default_factory=CostTracker)
     generation: object = None
     """Changes when the scope's phrases are deleted; what was read and learned goes with them."""
@@ -46,7 +46,7 @@ class Session:
     """Where the scope's phrases go, as long as its store keeps it open; says when they are deleted."""
 
     def follow(self, pool: PhrasePool) -> None:
-        """Live as long as the scope's phrases in `pool` do."""
+        """Bind to the scope's generation in `pool`; the session is stale once the scope is deleted."""
         self.generation = getattr(pool, "generation", None)
         if self.generation is not None:
             self.pool = ref(pool)
@@ -75,7 +75,7 @@ class SessionStore:
                 self._sessions[scope] = Session(scope, shelf=self._memory.shelf())
             self._sessions.move_to_end(scope)
             session = self._sessions[scope]
-            # Who keeps a prefix in a scope means to come back to it.
+            # Never evict a session that holds a pinned prefix.
             others = [other for other in self._sessions.values() if other is not session and not other.shelf.prefixes]
             for other in others[: max(0, len(self._sessions) - self._capacity)]:
                 self.forget(other)

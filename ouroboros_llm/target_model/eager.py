@@ -155,7 +155,7 @@ class EagerTarget:
         return None if self._static is None or self._static.failure is not None else self._static
 
     def _timed(self, draft: DraftTree, greedy: GreedyAcceptance | None = None) -> AbstractContextManager[None]:
-        # A pass that is recorded first says nothing of those that will be replayed.
+        # Capture time says nothing about replay time; do not record it.
         usual = self.static is None or self.static.ready(draft.width, greedy)
         return self._clock.over(draft.width, self.model.device) if usual else nullcontext()
 

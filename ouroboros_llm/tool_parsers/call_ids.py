@@ -14,7 +14,7 @@ _LENGTH = 9
 
 
 def call_id(about: str, number: int) -> str:
-    """The id of a reply's call, the same whenever the same is asked.
+    """Deterministic tool-call id, derived from the request.
 
     It does not count calls: agents that see the end of their conversation only would begin to count anew, and a call
     whose id was answered before is one that LangGraph does not make.

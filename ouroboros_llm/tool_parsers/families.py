@@ -1,4 +1,4 @@
-"""Which model writes its calls and its reasoning how."""
+"""Tool-call and reasoning markup per model family."""
 
 from __future__ import annotations
 

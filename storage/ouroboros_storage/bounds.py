@@ -1,4 +1,4 @@
-"""How much may stay: what `prune` and quotas hold to."""
+"""Retention limits for pruning and quotas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the library's layers call when they attend: over all slots that there are, or in place, by kernels."""
+"""Attention backends registered with transformers for fixed-shape passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passes that are recorded once for every width and replayed since, without Python between their kernels."""
+"""CUDA graph capture and replay, one graph per draft width."""
 
 from __future__ import annotations
 

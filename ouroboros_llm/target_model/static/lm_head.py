@@ -1,4 +1,4 @@
-"""Logits that never were rounded to half precision, where bfloat16 and float16 would make ties of what is none."""
+"""LM head with float32 logits from half-precision weights: no ties from rounding."""
 
 from __future__ import annotations
 
