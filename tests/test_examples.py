@@ -17,6 +17,20 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 pytest.importorskip("langchain.agents")
 
 
+def test_the_algorithm_without_weights() -> None:
+    """Drafts, what was accepted of them, and a pool that grows: the third message takes a fraction of the passes."""
+    done = subprocess.run([sys.executable, str(EXAMPLES / "algorithm.py")], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    totals = [line.split() for line in lines if "mean acceptance length" in line]
+    words, passes = ([int(total[position]) for total in totals] for position in (0, 3))
+    assert words == [20, 21, 21]
+    assert passes[0] > passes[1] > passes[2] and passes[2] <= 8
+    held = [int(total[-2]) for total in totals]
+    assert words[0] <= held[0] < held[1] < held[2]
+    accepted = [int(line.partition("accepted")[2].split()[0]) for line in lines if line.startswith("  pass")]
+    assert sum(accepted) + len(accepted) == sum(words), "each pass emits what it accepted and one token of its own"
+
+
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random model whose tokens are bytes, with room for long prompts."""
