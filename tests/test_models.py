@@ -45,7 +45,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What is shown where stderr is no terminal."""
-    monkeypatch.setattr(progress.console, "file", io.StringIO())
+    monkeypatch.setattr(progress.console, "_file", io.StringIO())
     return progress.console.file
 
 

@@ -19,7 +19,7 @@ from ouroboros_llm.cli import main
 def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     monkeypatch.delenv("OUROBOROS_PROGRESS", raising=False)
     file = io.StringIO()
-    monkeypatch.setattr(progress.console, "file", file)
+    monkeypatch.setattr(progress.console, "_file", file)
     yield file
     show_progress(None)
 
@@ -82,3 +82,9 @@ def test_a_message_is_not_taken_for_a_line_that_somebody_has_to_see(capfd: pytes
     """Without logging configured, only warnings reach standard error."""
     logging.getLogger("ouroboros_llm").info("told")
     assert "told" not in capfd.readouterr().err and sys.stderr is not None
+
+
+def test_standard_error_is_looked_up_when_something_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """A test that had put a file into the console's place would leave its own standard error there."""
+    progress.say("heard")
+    assert capsys.readouterr().err == "heard\n"
