@@ -12,18 +12,10 @@ from hypothesis import strategies as st
 from test_replies import QUERY, SQL, TOOLS, deltas_of, pieces_of, tokenizer_with
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ouroboros_llm.chat.template_support import arguments_form, template_tool_calls
 from ouroboros_llm.environment import cache_folder
 from ouroboros_llm.models import loading as models
-from ouroboros_llm.tool_parsers import (
-    InvalidToolCall,
-    Reply,
-    ReplyFormat,
-    ToolCall,
-    arguments_form,
-    format_of,
-    reply_of,
-    template_tool_calls,
-)
+from ouroboros_llm.tool_parsers import InvalidToolCall, Reply, ReplyFormat, ToolCall, format_of, reply_of
 from ouroboros_llm.tool_parsers.call_ids import call_id
 
 pytest.importorskip("transformers.utils.chat_parsing")
