@@ -16,7 +16,7 @@ from llama_index.core import Document, PromptTemplate, SummaryIndex
 from llama_index.core.agent.workflow import AgentStream, AgentWorkflow, FunctionAgent, ReActAgent, ToolCallResult
 from llama_index.core.base.llms.types import ChatMessage, TextBlock, ThinkingBlock, ToolCallBlock
 from llama_index.core.llms.llm import ToolSelection
-from llama_index.core.memory import LearnedState
+from llama_index.core.memory import Memory
 from llama_index.core.program import FunctionCallingProgram
 from llama_index.core.tools import FunctionTool
 from llama_index.core.types import PydanticProgramMode
@@ -318,7 +318,7 @@ class TestAgents:
     async def test_function_agent(self, streaming: bool) -> None:
         llm, speaker = asking(ADDED, "It is 3.", call("search", '{"query": "x"}'), "Nothing.")
         agent = FunctionAgent(tools=[ADD, SEARCH], llm=llm, system_prompt="Be brief.", streaming=streaming)
-        context, memory = Context(agent), LearnedState.from_defaults()
+        context, memory = Context(agent), Memory.from_defaults()
         handler = agent.run("1 + 2?", ctx=context, memory=memory)
         events = [event async for event in handler.stream_events()]
         assert str(await handler) == "It is 3."
@@ -355,7 +355,7 @@ class TestAgents:
         thought = 'Thought: I need to add.\nAction: add\nAction Input: {"a": 1, "b": 2}'
         llm, speaker = asking(thought, "Thought: I can answer.\nAnswer: It is 3.")
         agent = ReActAgent(tools=[ADD], llm=llm, streaming=streaming)
-        assert str(await agent.run("1 + 2?", memory=LearnedState.from_defaults())) == "It is 3."
+        assert str(await agent.run("1 + 2?", memory=Memory.from_defaults())) == "It is 3."
         assert "Observation: 3" in speaker.prompt()
 
     async def test_a_structured_end(self) -> None:

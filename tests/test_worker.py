@@ -413,9 +413,9 @@ def test_a_forked_child_starts_anew() -> None:
     code = """
 import os, sys, threading
 from ouroboros_llm.serving.request import End, Request
-from ouroboros_llm.serving.scheduler import Worker
+from ouroboros_llm.serving.scheduler import Scheduler
 
-worker, gate, closed = Worker(), threading.Event(), []
+worker, gate, closed = Scheduler(), threading.Event(), []
 
 def steps(name, number):
     try:
@@ -460,7 +460,7 @@ def test_threads_fork_at_once_and_children_find_locks_free() -> None:
     code = """
 import os, threading
 from ouroboros_llm.serving.request import Request
-from ouroboros_llm.serving.scheduler import Worker
+from ouroboros_llm.serving.scheduler import Scheduler
 from ouroboros_llm.sessions.prefix_cache import MEMORY
 
 def steps():
@@ -468,13 +468,13 @@ def steps():
         yield None
     return "end"
 
-workers, stop, wrong = [Worker() for _ in range(5)], threading.Event(), []
+workers, stop, wrong = [Scheduler() for _ in range(5)], threading.Event(), []
 
 def busy():
     while not stop.is_set():
         with MEMORY.lock:
             sum(range(1000))
-        workers.append(Worker())
+        workers.append(Scheduler())
         del workers[5:]
 
 def fork():
@@ -512,7 +512,7 @@ def test_the_interpreter_can_exit(state: str) -> None:
     code = f"""
 import time
 from ouroboros_llm.serving.request import Request
-from ouroboros_llm.serving.scheduler import Worker
+from ouroboros_llm.serving.scheduler import Scheduler
 
 stepped = []
 
@@ -526,7 +526,7 @@ def steps():
     finally:
         print("closed", flush=True)
 
-worker = Worker()
+worker = Scheduler()
 request = Request(steps(), after=lambda: print("after", flush=True))
 worker.submit(request)
 if {state == "idle"}:
