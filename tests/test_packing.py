@@ -21,6 +21,7 @@ from ouroboros_llm.decoding.sampling import Sampler
 from ouroboros_llm.decoding.target import Pass
 from ouroboros_llm.serving.request import AHEAD, End, Request, Steps
 from ouroboros_llm.serving.scheduler import Scheduler
+from ouroboros_llm.target_model import prepared
 from ouroboros_llm.target_model.batching import BatchedLayer, Batcher, BatchLatency, can_batch
 from ouroboros_llm.target_model.capabilities import probe, probe_batching
 from ouroboros_llm.target_model.eager import EagerTarget
@@ -54,6 +55,8 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
     monkeypatch.setattr(BatchLatency, "cost", lambda *_: 1.0)
     monkeypatch.setattr(Batcher, "together", noted)
+    # Its passes are nobody's answers, and have tests of their own.
+    monkeypatch.setattr(prepared, "probe_batching", lambda _: True)
     return made
 
 
