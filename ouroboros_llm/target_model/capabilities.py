@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -30,6 +30,8 @@ _TREE = DraftTree((6, 3, 8, 9, 4, 2), (-1, 0, 0, 1, 2, 3), (1.0,) * 6, ("",) * 6
 
 
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +97,17 @@ def is_confirmed(model: PreTrainedModel, found: Probe, static: StaticForward | N
 
 def probe_static(model: PreTrainedModel, static: StaticForward, found: Probe) -> Probe:
     """Find out the same of a model whose drafts are verified in passes of fixed shape: see `probing_static`."""
-    steps = probing_static(model, static, found)
+    return drained(probing_static(model, static, found))
+
+
+def drained(steps: Generator[None, None, Result]) -> Result:
+    """Make all steps at once; what they return."""
     while True:
         try:
             next(steps)
         except StopIteration as end:
-            probed: Probe = end.value
-            return probed
+            result: Result = end.value
+            return result
 
 
 def probing_static(model: PreTrainedModel, static: StaticForward, found: Probe) -> Generator[None, None, Probe]:

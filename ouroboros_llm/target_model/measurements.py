@@ -70,25 +70,26 @@ class Measurements:
 def find(key: str) -> Measurements | None:
     """The measurements under a key; None where there are none, or none that can be read."""
     path = _path(key)
-    if path in _memory:
-        return _memory[path]
-    try:
-        _memory[path] = _decoded(json.loads(path.read_text(encoding="utf-8")))
-        return _memory[path]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        logger.info("measurements in %s cannot be read (%s); they are made anew", path, error)
-        return None
+    if path not in _memory and (read := _read(path)) is not None:
+        _memory[path] = read
+    return _memory.get(path)
 
 
 def latest(key: str) -> Measurements | None:
     """The measurements under a key as another process may have left them since; None where there are none."""
     path = _path(key)
+    return _read(path) or _memory.get(path)
+
+
+def _read(path: Path) -> Measurements | None:
+    """The measurements in a file; None where there are none, or none that can be read."""
     try:
         return _decoded(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError):
-        return _memory.get(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        logger.info("measurements in %s cannot be read (%s); they are made anew", path, error)
+        return None
 
 
 def keep(key: str, measurements: Measurements) -> None:
@@ -145,7 +146,7 @@ def key_of(model: PreTrainedModel, fingerprint: str) -> str | None:
     except Exception as error:  # whatever a model's code raises: it is measured by every process
         logger.debug("no key for the measurements of %s (%s)", type(model).__name__, error)
         return None
-    if code is None or config is None:
+    if code is None:
         return None
     known = (
         (own_code(), torch.__version__, VERSION),
@@ -173,7 +174,7 @@ def own_code() -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A configuration as nested tuples in a fixed order; None where it holds what has no lasting text."""
+    """A configuration as nested tuples in a fixed order. Raises TypeError where it holds what has no lasting text."""
     if isinstance(value, Mapping):
         parts = [(str(name), _plain(part)) for name, part in value.items() if name not in _NAMES_OF_A_COPY]
         return tuple(sorted(parts, key=lambda part: part[0]))
@@ -203,16 +204,13 @@ def processor_name() -> str:
 
 def _code(model: PreTrainedModel) -> list[str] | None:
     """What tells the code of a model's modules from another's; None where hooks, functions put in the place of others
-    or classes without a source take part."""
+    take part. Raises OSError or TypeError where a class has no source."""
     modules = [*model.modules()]
     attention = attention_function(attention_of(model.config.get_text_config(decoder=True)))
     if any("forward" in vars(module) or _hooks(module) for module in modules) or not _of_a_library(attention):
         return None
     classes = {type(module) for module in modules} | {type(weight) for weight in model.parameters()}
-    try:
-        return sorted(line for kind in classes for line in _source(kind))
-    except (OSError, TypeError):
-        return None
+    return sorted(line for kind in classes for line in _source(kind))
 
 
 def _of_a_library(function: Any) -> bool:

@@ -24,7 +24,7 @@ from ..serving.fork_safety import guard
 from ..transformers_api import attention_of, check_generates, warn_if_untested
 from . import measurements
 from .batching import Batcher
-from .capabilities import Probe, is_confirmed, probe, probe_batching, probing_static
+from .capabilities import Probe, drained, is_confirmed, probe, probe_batching, probing_static
 from .eager import EagerTarget, kind_of
 from .failures import reason_of
 from .latency import LatencyModel
@@ -140,6 +140,9 @@ class _Known:
             for name in ("static", "batches"):
                 if getattr(self.measurements, name) is None and name not in found:
                     found[name] = getattr(others, name)
+            # Passes that failed elsewhere, on another copy of the weights, stay out of "auto".
+            if others.static_wins is False:
+                found.setdefault("static_wins", False)
         self.measurements = replace(self.measurements, **found)
         for kind in (EAGER, STATIC):
             way, measured = self.ways.get(kind), getattr(self.measurements, kind)
@@ -147,10 +150,6 @@ class _Known:
                 costs = replace(measured, costs=way.pass_times.costs)
                 self.measurements = replace(self.measurements, **{kind: costs})
         if self.key is not None:
-            kept = measurements.latest(self.key)
-            # Passes that failed elsewhere, on another copy of the weights, stay out of "auto".
-            if kept is not None and kept.static_wins is False and "static_wins" not in found:
-                self.measurements = replace(self.measurements, static_wins=False)
             measurements.keep(self.key, self.measurements)
 
     def lose(self, name: str, error: Exception) -> None:
@@ -325,7 +324,7 @@ def _way(
 
 def _static(model: PreTrainedModel, known: _Known) -> ExecutionBackend:
     """Passes of fixed shape, or the library's own where these are wrong or fail."""
-    return _drained(_trying(model, known))
+    return drained(_trying(model, known))
 
 
 def _trying(model: PreTrainedModel, known: _Known) -> Generator[None, None, ExecutionBackend]:
@@ -363,16 +362,6 @@ def _probing(model: PreTrainedModel, known: _Known) -> Generator[None, None, Exe
     _time(EagerTarget(model, "tree", times, static=static))
     known.note(static=BackendMeasurements(found, times.costs))
     return ExecutionBackend(found, times, Batcher(times, known.lock, known.batches), static, eager=eager)
-
-
-def _drained(steps: Generator[None, None, ExecutionBackend]) -> ExecutionBackend:
-    """What steps return, all of them made at once."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            way: ExecutionBackend = end.value
-            return way
 
 
 def _way_of(kind: Kind, model: PreTrainedModel, known: _Known) -> ExecutionBackend:
